@@ -1,0 +1,1 @@
+"""Config models, one file a section, and the YAML loader."""

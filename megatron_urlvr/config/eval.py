@@ -1,0 +1,50 @@
+"""`eval`: held-out sets and how they are sampled."""
+
+from typing import Annotated
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from .base import Section
+from .data import JsonlSource, TaskSource, kind_of_source
+
+
+class EvalOptions(Section):
+    samples: int = Field(default=4, ge=1)
+    """Responses for each prompt (n of avg@n and maj@n)."""
+    pass_k: list[int] = Field(default_factory=list)
+    """Which pass@k to report; each k must be below `samples`."""
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    greedy: bool = True
+    """Also decode each prompt once at temperature 0."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """None: the rollout's."""
+    base_votes: int = Field(default=16, ge=1)
+    """Responses for each prompt at step 0, for the base's maj@n line; at least `samples` are drawn."""
+
+    @model_validator(mode="after")
+    def _pass_k(self) -> "EvalOptions":
+        if bad := [k for k in self.pass_k if not 1 <= k < self.samples]:
+            raise ValueError(f"pass_k holds {bad}: the unbiased estimate needs 1 <= k < samples = {self.samples}")
+        return self
+
+
+class TaskEvalSet(TaskSource, EvalOptions):
+    """Held-out prompts of a task: never the training prompts, whatever the seeds."""
+
+
+class JsonlEvalSet(JsonlSource, EvalOptions):
+    """Held-out prompts from a file."""
+
+
+EvalSet = Annotated[
+    Annotated[TaskEvalSet, Tag("task")] | Annotated[JsonlEvalSet, Tag("jsonl")],
+    Discriminator(kind_of_source),
+]
+
+
+class EvalSection(Section):
+    every: int = Field(default=0, ge=0)
+    """Evaluate each so many steps, at step 0 and at the end; 0 never."""
+    sets: dict[str, EvalSet] = Field(default_factory=dict)
+    """Held-out sets by name."""
