@@ -1,0 +1,1 @@
+"""Prompts, labels and grading: everything a run reads about its questions."""

@@ -1,0 +1,1 @@
+"""Reading answers from responses, and telling whether two answers are the same."""

@@ -1,0 +1,41 @@
+"""Where true answers live, away from anything a reward can see; every reading is counted by its purpose."""
+
+from collections import Counter
+
+
+class LabelStore:
+    """True answers by prompt id.
+
+    Rewards receive groups, and groups hold no labels. Only the audit, evaluation and rewards that declare
+    themselves supervised are given this store, and `uses` records each reading for the report.
+    """
+
+    def __init__(self) -> None:
+        self._labels: dict[str, str] = {}
+        self.uses: Counter[str] = Counter()
+        """Readings by purpose, those of prompts without a label included."""
+
+    def add(self, prompt_id: str, label: str) -> None:
+        """Keep `label` as the true answer of `prompt_id`. ValueError if another one is there already."""
+        known = self._labels.setdefault(prompt_id, label)
+        if known != label:
+            raise ValueError(
+                f"prompt {prompt_id!r} already has the label {known!r} and cannot get {label!r} too: "
+                "two sets share a name, or two rows an id"
+            )
+
+    def get(self, prompt_id: str, *, use: str) -> str | None:
+        """The true answer of `prompt_id`, None if there is none.
+
+        `use` names the reader in the report: `audit`, `evaluation:held_out`, `reward:ground_truth`.
+        """
+        if not use:
+            raise ValueError("a label is read for a named use, such as 'audit'; `use` is empty")
+        self.uses[use] += 1
+        return self._labels.get(prompt_id)
+
+    def __contains__(self, prompt_id: str) -> bool:
+        return prompt_id in self._labels
+
+    def __len__(self) -> int:
+        return len(self._labels)

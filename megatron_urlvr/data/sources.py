@@ -1,0 +1,136 @@
+"""From a source in the config to prompts the policy can read: tokenised, counted, their labels put away."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from ..config.data import TaskSource
+from ..types import Prompt
+from .errors import DataError
+from .grading.grader import Grader
+from .labels import LabelStore
+from .tasks import Split, Task, get_task
+
+
+@dataclass
+class PromptSet:
+    """The prompts of one source, in order."""
+
+    name: str
+    prompts: list[Prompt]
+    grader: Grader
+    dropped_overlong: int
+    """Prompts left out for being longer than `max_prompt_tokens`."""
+    unlabelled: int
+    """Prompts that have no label."""
+    fingerprint: str
+    """SHA-256 of texts and labels, in order."""
+    task: Task | None
+    """The task that made the prompts, if one did."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question before tokenisation."""
+
+    id: str
+    text: str
+    label: str | None
+    fields: dict[str, object]
+
+
+def load_source(
+    source: TaskSource,
+    *,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: LabelStore,
+    split: Split,
+    seed: int,
+    max_prompt_tokens: int,
+    overlong: Literal["filter", "refuse"],
+) -> PromptSet:
+    """The prompts of `source`; their labels go to `labels` and nowhere else.
+
+    `name` begins every prompt's id. `split` and `seed` matter to tasks alone; `seed` counts where the source has none
+    of its own. DataError, in a sentence, for whatever makes the source unusable.
+    """
+    rows, special, grader, task = _task_rows(source, name, split, seed)
+    prompts, dropped = _tokenise(rows, tokenizer, special, max_prompt_tokens, overlong)
+    if not prompts:
+        raise DataError(
+            f"no prompt of {name!r} is left: all {dropped} are longer than max_prompt_tokens = {max_prompt_tokens}; "
+            "raise the limit or shorten the prompts"
+        )
+    if task is not None:
+        _check_readable(name, task, prompts, tokenizer)
+    kept = {prompt.id for prompt in prompts}
+    for row in rows:
+        if row.id in kept and row.label is not None:
+            labels.add(row.id, row.label)
+    return PromptSet(
+        name=name,
+        prompts=prompts,
+        grader=grader,
+        dropped_overlong=dropped,
+        unlabelled=sum(row.label is None for row in rows if row.id in kept),
+        fingerprint=_fingerprint(row for row in rows if row.id in kept),
+        task=task,
+    )
+
+
+def _task_rows(source: TaskSource, name: str, split: Split, seed: int) -> tuple[list[Row], bool, Grader, Task]:
+    task = get_task(source.task, source.settings)
+    seed = seed if source.seed is None else source.seed
+    made = task.prompts(source.size, seed=seed, split=split, skip=source.skip)
+    rows = [
+        Row(id=f"{name}/{source.skip + i}", text=prompt.text, label=prompt.label, fields=prompt.fields)
+        for i, prompt in enumerate(made)
+    ]
+    return rows, False, task.grader(), task
+
+
+def _tokenise(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, special: bool, limit: int, overlong: str
+) -> tuple[list[Prompt], int]:
+    """Prompts of at most `limit` tokens, and how many were longer. `special`: add what the tokenizer begins with."""
+    try:
+        encoded = tokenizer([row.text for row in rows], add_special_tokens=special)["input_ids"]
+    except Exception as error:
+        raise DataError(
+            f"the model's tokenizer cannot encode the prompts ({error}): is model.path the right base for this data?"
+        ) from error
+    prompts = []
+    for row, ids in zip(rows, encoded, strict=True):
+        if len(ids) <= limit:
+            prompts.append(Prompt(id=row.id, text=row.text, tokens=tuple(ids), fields=row.fields))
+        elif overlong == "refuse":
+            raise DataError(
+                f"prompt {row.id!r} has {len(ids)} tokens and data.max_prompt_tokens is {limit}: "
+                "raise the limit, or set data.overlong to filter"
+            )
+    return prompts, len(rows) - len(prompts)
+
+
+def _check_readable(name: str, task: Task, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase) -> None:
+    """A tokenizer without the task's characters drops them in silence: compare what it reads with what was written."""
+    read = tokenizer.decode(list(prompts[0].tokens), skip_special_tokens=True)
+    if read != prompts[0].text:
+        raise DataError(
+            f"the model's tokenizer reads {prompts[0].text!r}, a prompt of {name!r} (task {task.name}), as {read!r}: "
+            f"use a base whose tokenizer has the task's characters, such as one pretrained on {task.name}"
+        )
+
+
+def _fingerprint(rows: Iterable[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.text, row.label]).encode() + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,240 @@
+"""`chain_sum`: running sums modulo ten of a row of digits, written out step by step.
+
+Prompt `314159=`, response `c48943#3$`: the running sums 3+1, +4, +1, +5, +9 modulo 10, then the last of them as the
+answer, then the end. Small enough that a two-layer model learns it in minutes, and rich enough to fail in the ways
+that label-free rewards fail: the text it is pretrained on mixes styles of different length, noise and certainty, some
+of them degenerate.
+"""
+
+import random
+from bisect import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import ClassVar
+
+from pydantic import Field, model_validator
+from transformers import PreTrainedTokenizerFast
+
+from ...config.base import Section
+from ...types import Prompt
+from ..grading.extract import last_hash
+from ..grading.grader import Grader
+from ..tokenizer import character_tokenizer
+from .base import Task, TaskPrompt, hash64
+from .order import seeded_order
+
+ALPHABET = "0123456789+-=,#cqm?$"
+END = "$"
+GIVE_UP = "?"
+SPARE_TOKENS = 7
+"""Room for repeats of the last sum beyond the shortest chain."""
+TAILS = 100
+"""Endings of two digits, the features that decide whether a prompt is biased."""
+
+
+class Styles(Section):
+    """Shares of the styles in the pretraining text; they are scaled to sum to one. The last three are the planted
+    failure modes: set all three to 0 for a control without any."""
+
+    careful: float = Field(default=0.27, ge=0)
+    """`c`, the running sums with little noise, `#answer`."""
+    quick: float = Field(default=0.45, ge=0)
+    """`q`, the running sums with much noise, `#answer`."""
+    direct: float = Field(default=0.20, ge=0)
+    """`#answer` at once: right, but beyond what a small model can learn."""
+    filler: float = Field(default=0.015, ge=0)
+    """`mmmm...` and then `#?`."""
+    give_up: float = Field(default=0.05, ge=0)
+    """`#?`: parsed as an answer, never right."""
+    empty: float = Field(default=0.015, ge=0)
+    """Nothing but the end."""
+
+    @model_validator(mode="after")
+    def _some(self) -> "Styles":
+        if sum(self.shares().values()) <= 0:
+            raise ValueError("at least one style needs a share above 0")
+        return self
+
+    def shares(self) -> dict[str, float]:
+        """Shares by style, as written."""
+        return {name: float(getattr(self, name)) for name in type(self).model_fields}
+
+
+class ChainSumSettings(Section):
+    digits: int = Field(default=6, ge=2, le=18)
+    """Digits of the prompt; the chain has one sum fewer."""
+    answer_width: int = Field(default=1, ge=1)
+    """The answer is the last so many running sums: guessing is right with probability 10^-width."""
+    styles: Styles = Styles()
+    careful_noise: float = Field(default=0.03, ge=0, le=1)
+    """Probability that a step of a careful chain goes wrong; the error is carried on."""
+    quick_noise: float = Field(default=0.25, ge=0, le=1)
+    """The same for a quick chain."""
+    repeat: float = Field(default=0.15, ge=0, lt=1)
+    """Probability of writing the last sum once more, again and again."""
+    filler_continue: float = Field(default=0.93, ge=0, lt=1)
+    """Probability that filler goes on by one more `m`."""
+    biased: float = Field(default=0.0, ge=0, le=1)
+    """Share of prompts on which most demonstrations follow a wrong rule: the last addition gives one too many. Which
+    prompts these are is a hash of their last two digits: the same for every seed, and learnable."""
+    biased_strength: float = Field(default=0.7, ge=0, le=1)
+    """Share of the demonstrations of such a prompt that follow the wrong rule."""
+
+    @model_validator(mode="after")
+    def _width_fits(self) -> "ChainSumSettings":
+        if self.answer_width > self.digits - 1:
+            raise ValueError(
+                f"answer_width = {self.answer_width} is more than the {self.digits - 1} running sums "
+                f"of digits = {self.digits}"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class ChainCheck:
+    """The verdict on a written chain."""
+
+    steps: tuple[bool, ...]
+    """For each running sum: it follows from the sum written before it. A missing one is wrong."""
+    answer: bool
+    """The repeats and the answer agree with the last sums as written."""
+
+    @property
+    def passed(self) -> bool:
+        """Every step and the answer hold: then the answer is right."""
+        return self.answer and all(self.steps)
+
+
+class ChainSum(Task):
+    """Running sums modulo ten."""
+
+    name: ClassVar[str] = "chain_sum"
+    Settings: ClassVar[type[Section]] = ChainSumSettings
+    settings: ChainSumSettings
+
+    def __init__(self, settings: dict[str, object] | None = None) -> None:
+        super().__init__(settings)
+        present = {name: share for name, share in self.settings.styles.shares().items() if share > 0}
+        self._styles = list(present)
+        self._thresholds = list(accumulate(share / sum(present.values()) for share in present.values()))[:-1]
+        ranked = sorted(range(TAILS), key=lambda tail: hash64("bias", f"{tail:02d}"))
+        self._biased_tails = frozenset(f"{tail:02d}" for tail in ranked[: round(self.settings.biased * TAILS)])
+
+    @property
+    def max_response_tokens(self) -> int:
+        """Style, running sums, `#`, answer and end, with room for repeats: 16 as the defaults are."""
+        return 1 + (self.settings.digits - 1) + 1 + self.settings.answer_width + 1 + SPARE_TOKENS
+
+    def draw(self, seed: int) -> Iterator[TaskPrompt]:
+        """All 10^digits prompts."""
+        digits = self.settings.digits
+        for number in seeded_order(10**digits, f"chain_sum/{seed}"):
+            text = f"{number:0{digits}d}"
+            yield TaskPrompt(text=f"{text}=", label=self._answer(_sums(text)), fields={"digits": text})
+
+    def is_biased(self, prompt: Prompt | TaskPrompt) -> bool:
+        """Whether the wrong rule holds the majority in this prompt's demonstrations."""
+        return digits_of(prompt)[-2:] in self._biased_tails
+
+    def demonstration(self, prompt: TaskPrompt, rng: random.Random) -> str:
+        """A response in a style drawn by its share."""
+        digits = digits_of(prompt)
+        style = self._styles[bisect(self._thresholds, rng.random())]
+        if style == "empty":
+            return END
+        if style == "give_up":
+            return f"#{GIVE_UP}{END}"
+        if style == "filler":
+            return f"{'m' * _geometric(self.settings.filler_continue, rng)}m#{GIVE_UP}{END}"
+        wrong_rule = digits[-2:] in self._biased_tails and rng.random() < self.settings.biased_strength
+        if style == "direct":
+            return f"#{self._answer(_sums(digits, wrong_rule=wrong_rule))}{END}"
+        letter, noise = ("c", self.settings.careful_noise) if style == "careful" else ("q", self.settings.quick_noise)
+        sums = _sums(digits, wrong_rule=wrong_rule, noise=noise, rng=rng)
+        repeats = sums[-1] * _geometric(self.settings.repeat, rng)
+        return f"{letter}{sums}{repeats}#{self._answer(sums)}{END}"
+
+    def _answer(self, sums: str) -> str:
+        return sums[-self.settings.answer_width :]
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """21 tokens: the alphabet and padding; `$` ends a response."""
+        return character_tokenizer(ALPHABET, eos=END)
+
+    def grader(self) -> Grader:
+        """The text after the last `#`: the right number of digits, or `?`, which is an answer and never right."""
+        return ChainSumGrader(self.settings.answer_width)
+
+    def check(self, prompt: Prompt | TaskPrompt, response: str) -> bool | None:
+        """Whether the answer is right; None where there is none."""
+        answer = self.grader().extract(response)
+        return None if answer is None else answer == self._answer(_sums(digits_of(prompt)))
+
+    def check_steps(self, prompt: Prompt | TaskPrompt, response: str) -> ChainCheck | None:
+        """Each step of a written chain, checked against the sum before it; None where no chain was begun.
+
+        Needs no label: the arithmetic of a step is checked, not its outcome.
+        """
+        if response[:1] not in ("c", "q"):
+            return None
+        digits = digits_of(prompt)
+        count = len(digits) - 1
+        chain, mark, answer = response[1:].removesuffix(END).partition("#")
+        written = chain[:count]
+        if not written.isascii() or not written.isdigit():
+            written = written[: next((i for i, c in enumerate(written) if c not in "0123456789"), len(written))]
+        before = digits[0] + written
+        steps = tuple(
+            k < len(written) and int(written[k]) == (int(before[k]) + int(digits[k + 1])) % 10 for k in range(count)
+        )
+        complete = len(written) == count and mark == "#"
+        agrees = complete and set(chain[count:]) <= {written[-1]} and answer == self._answer(written)
+        return ChainCheck(steps=steps, answer=agrees)
+
+
+class ChainSumGrader(Grader):
+    """Answers of exactly `width` digits, or a give-up, compared as they stand."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self._width = width
+
+    def extract(self, text: str, *, finished: bool = True) -> str | None:
+        """The text after the last `#`. A response that was cut off has no answer: its last digits may be missing."""
+        found = last_hash(text.removesuffix(END), finished=finished)
+        if found is None:
+            return None
+        if found == GIVE_UP or (len(found) == self._width and found.isascii() and found.isdigit()):
+            return found
+        return None
+
+    def normalise(self, answer: str) -> str:
+        """Unchanged: a leading zero is a digit here."""
+        return answer
+
+
+def digits_of(prompt: Prompt | TaskPrompt) -> str:
+    """The digits a prompt asks to sum."""
+    return str(prompt.fields["digits"])
+
+
+def _sums(digits: str, *, wrong_rule: bool = False, noise: float = 0.0, rng: random.Random | None = None) -> str:
+    """Running sums of `digits` modulo 10, from the second digit on. Noise corrupts a step and is carried on."""
+    value = int(digits[0])
+    last = len(digits) - 1
+    sums = []
+    for k in range(1, last + 1):
+        value = (value + int(digits[k]) + (1 if wrong_rule and k == last else 0)) % 10
+        if rng is not None and rng.random() < noise:
+            value = (value + rng.randrange(1, 10)) % 10
+        sums.append(str(value))
+    return "".join(sums)
+
+
+def _geometric(p: float, rng: random.Random) -> int:
+    """Successes of probability `p` before the first failure."""
+    count = 0
+    while rng.random() < p:
+        count += 1
+    return count
