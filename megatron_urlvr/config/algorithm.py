@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from .base import Section
 
@@ -39,3 +39,12 @@ class AlgorithmSection(Section):
     """Passes over a step's samples."""
     loss: LossSection = LossSection()
     kl: KLSection = KLSection()
+
+    @field_validator("advantage")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        # Imported late: algorithms depend on torch.
+        from megatron_urlvr.algorithms.advantages import get_advantage
+
+        get_advantage(value)
+        return value

@@ -1,25 +1,76 @@
 """`data`: where prompts and labels come from."""
 
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationInfo, field_validator
 
-from .base import Section
+from .base import Section, UnknownName, rule
 
 
-class TaskSource(Section):
-    """Prompts from a task that generates itself (`chain_sum`, `countdown`, or one from an entry point)."""
+class TaskChoice(Section):
+    """A task that generates itself (`chain_sum`, `countdown`, or one from an entry point) and its settings."""
 
     task: str
     """Name of a registered task."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """The task's own settings, see `urlvr config show --docs`; its defaults are filled in."""
+
+    @field_validator("task")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        _task(value)
+        return value
+
+    @field_validator("settings")
+    @classmethod
+    def _settings_hold(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "task" not in info.data:
+            return value
+        settings: dict[str, Any] = _task(info.data["task"]).Settings.model_validate(value).model_dump(mode="json")
+        return settings
+
+    @classmethod
+    def surviving(cls, parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
+        """Another task starts from its own settings."""
+        if child.get("task", parent.get("task")) == parent.get("task"):
+            return dict(parent)
+        return {key: value for key, value in parent.items() if key != "settings"}
+
+    @classmethod
+    def open_model(cls, field: str | None, raw: Mapping[str, Any]) -> type[BaseModel] | None:
+        try:
+            model: type[BaseModel] | None = _task(raw.get("task")).Settings if field == "settings" else None
+        except ValueError:
+            return None
+        return model
+
+
+def _task(name: Any) -> Any:
+    """The task class, imported late: tasks depend on this package. UnknownName if there is none."""
+    from megatron_urlvr.data.tasks import registry
+
+    if name not in registry.available():
+        raise UnknownName("task", str(name), registry.available())
+    return registry.task_class(name)
+
+
+class TaskSource(TaskChoice):
+    """Prompts from a task that generates itself."""
+
     size: int = Field(ge=1)
     """Number of distinct prompts."""
     seed: int | None = None
     """Seed of the prompts. None: the run's seed for training data, 0 for evaluation sets."""
     skip: int = Field(default=0, ge=0)
     """Leave out the first prompts of the sequence, so that two sets of one seed are disjoint."""
-    settings: dict[str, Any] = Field(default_factory=dict)
-    """The task's own settings, see `urlvr config show --docs`."""
+
+    @classmethod
+    def surviving(cls, parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
+        return super().surviving(_surviving_kind(parent, child), child)
 
 
 class GradingSection(Section):
@@ -33,6 +84,22 @@ class GradingSection(Section):
     """`exact`: normalised strings; `math`: math-verify, after the strings differ."""
     timeout_s: float = Field(default=5.0, gt=0)
     """Time limit of one math-verify comparison."""
+
+    @rule("extract", "pattern")
+    def _pattern(self) -> str | None:
+        if self.extract != "regex":
+            return None if self.pattern is None else f"pattern is read under extract: regex alone, not {self.extract}"
+        if self.pattern is None:
+            return "extract: regex needs pattern, a regular expression with one group"
+        try:
+            groups = re.compile(self.pattern).groups
+        except re.error as error:
+            return f"pattern = {self.pattern!r} is no regular expression: {error}"
+        return (
+            None
+            if groups == 1
+            else f"pattern = {self.pattern!r} has {groups} groups; exactly one, the answer, is needed"
+        )
 
 
 class JsonlSource(Section):
@@ -63,11 +130,23 @@ class JsonlSource(Section):
             raise ValueError("must contain the placeholder {prompt}")
         return value
 
+    @classmethod
+    def surviving(cls, parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
+        return _surviving_kind(parent, child)
+
 
 def kind_of_source(value: Any) -> str:
     """Tag of a source as written: `jsonl` when it has a path, else `task`."""
     keys = value if isinstance(value, dict) else getattr(value, "__dict__", {})
     return "jsonl" if "path" in keys else "task"
+
+
+def _surviving_kind(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
+    """When a task takes the place of a file, or a file that of a task, only what both know stays (an evaluation set's
+    sampling)."""
+    if not (("task" in child and "path" in parent) or ("path" in child and "task" in parent)):
+        return dict(parent)
+    return {k: v for k, v in parent.items() if k not in TaskSource.model_fields and k not in JsonlSource.model_fields}
 
 
 Source = Annotated[

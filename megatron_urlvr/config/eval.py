@@ -2,9 +2,9 @@
 
 from typing import Annotated
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag
 
-from .base import Section
+from .base import Section, rule
 from .data import JsonlSource, TaskSource, kind_of_source
 
 
@@ -22,11 +22,11 @@ class EvalOptions(Section):
     base_votes: int = Field(default=16, ge=1)
     """Responses for each prompt at step 0, for the base's maj@n line; at least `samples` are drawn."""
 
-    @model_validator(mode="after")
-    def _pass_k(self) -> "EvalOptions":
+    @rule("pass_k", "samples")
+    def _pass_k(self) -> str | None:
         if bad := [k for k in self.pass_k if not 1 <= k < self.samples]:
-            raise ValueError(f"pass_k holds {bad}: the unbiased estimate needs 1 <= k < samples = {self.samples}")
-        return self
+            return f"pass_k holds {bad}: the unbiased estimate needs 1 <= k < samples = {self.samples}"
+        return None
 
 
 class TaskEvalSet(TaskSource, EvalOptions):
@@ -35,6 +35,12 @@ class TaskEvalSet(TaskSource, EvalOptions):
 
 class JsonlEvalSet(JsonlSource, EvalOptions):
     """Held-out prompts from a file."""
+
+    @rule("label_field")
+    def _labels(self) -> str | None:
+        if self.label_field is None:
+            return "label_field = null: an evaluation set needs labels; name the key that holds them"
+        return None
 
 
 EvalSet = Annotated[
@@ -48,3 +54,9 @@ class EvalSection(Section):
     """Evaluate each so many steps, at step 0 and at the end; 0 never."""
     sets: dict[str, EvalSet] = Field(default_factory=dict)
     """Held-out sets by name."""
+
+    @rule("every", "sets")
+    def _something_to_evaluate(self) -> str | None:
+        if self.every and not self.sets:
+            return f"every = {self.every}, but there are no sets to evaluate: add one under sets, or set every to 0"
+        return None

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from .base import Section
+from .base import Section, rule
 
 
 class OptimSection(Section):
@@ -23,3 +23,7 @@ class OptimSection(Section):
     """Global gradient norm; 0 does not clip."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay of the weights' moving average; None keeps none."""
+
+    @rule("min_lr", "lr")
+    def _floor(self) -> str | None:
+        return f"min_lr = {self.min_lr} is above lr = {self.lr}: it is the floor" if self.min_lr > self.lr else None

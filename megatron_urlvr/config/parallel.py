@@ -1,14 +1,14 @@
 """`parallel`: how the policy is laid out over processes."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .base import Section
+from .base import Section, rule
 
 
 class ParallelSection(Section):
-    dp: Literal["auto"] | int = "auto"
+    dp: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Data-parallel replicas; `auto`: world size / (tp x pp)."""
     tp: int = Field(default=1, ge=1)
     """Tensor-parallel size."""
@@ -22,3 +22,9 @@ class ParallelSection(Section):
     """Token budget of one micro-batch; one response longer than this makes a micro-batch of its own."""
     share_prefix: Literal["auto"] | bool = "auto"
     """Compute a prompt's rows once for all its responses in a micro-batch. `auto`: where attention allows it."""
+
+    @rule("tp", "sequence_parallel")
+    def _sequence_parallel(self) -> str | None:
+        if self.sequence_parallel and self.tp == 1:
+            return "sequence_parallel = true needs tp above 1: it shards between tensor-parallel regions"
+        return None

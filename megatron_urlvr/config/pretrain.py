@@ -1,10 +1,11 @@
 """The config of `urlvr pretrain`: a small base policy from next-token prediction."""
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from .base import Section
+from .base import Section, rule
+from .data import TaskChoice
 from .optim import OptimSection
 
 
@@ -32,11 +33,21 @@ class Snapshot(Section):
     maj_at_most: float | None = Field(default=None, ge=0, le=1)
     """Upper end of the band; a check beyond it is reported as a miss of the band, and saved all the same."""
 
-    @model_validator(mode="after")
-    def _one_rule(self) -> "Snapshot":
+    @rule("step", "maj_at_least")
+    def _one_way(self) -> str | None:
         if (self.step is None) == (self.maj_at_least is None):
-            raise ValueError("a snapshot is named by `step` or by `maj_at_least`, one of the two")
-        return self
+            return "a snapshot is taken at a `step` or when `maj_at_least` is reached: give one of the two"
+        return None
+
+    @rule("maj_at_least", "maj_at_most")
+    def _band(self) -> str | None:
+        if self.maj_at_most is None:
+            return None
+        if self.maj_at_least is None:
+            return f"maj_at_most = {self.maj_at_most} is the upper end of a band: give maj_at_least too"
+        if self.maj_at_most <= self.maj_at_least:
+            return f"maj_at_most = {self.maj_at_most} must be above maj_at_least = {self.maj_at_least}"
+        return None
 
 
 class PretrainRun(Section):
@@ -51,9 +62,7 @@ class PretrainRun(Section):
     threads: int = Field(default=1, ge=1)
 
 
-class PretrainData(Section):
-    task: str
-    settings: dict[str, Any] = Field(default_factory=dict)
+class PretrainData(TaskChoice):
     max_new_tokens: int = Field(ge=1)
     held_out: int = Field(default=128, ge=1)
     """Prompts of the held-out set that snapshots are measured on; never trained on."""

@@ -1,8 +1,11 @@
 """`reward`: the terms whose weighted sum is the proxy reward."""
 
-from typing import Any, Literal
+from __future__ import annotations
 
-from pydantic import ConfigDict, Field
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .base import Section
 
@@ -21,12 +24,46 @@ class TermSection(Section):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The reward's own options, as written."""
+        """The reward's own options, its defaults filled in."""
         return dict(self.__pydantic_extra__ or {})
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        _reward(value)
+        return value
+
+    @model_validator(mode="after")
+    def _options_hold(self) -> Self:
+        options = _reward(self.name).Options.model_validate(self.options)
+        self.__pydantic_extra__ = options.model_dump(mode="json")
+        return self
+
+    @classmethod
+    def surviving(cls, parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
+        """Another reward starts from its own defaults: only the weight stays."""
+        if child.get("name", parent.get("name")) == parent.get("name"):
+            return dict(parent)
+        return {key: value for key, value in parent.items() if key == "weight"}
+
+    @classmethod
+    def open_model(cls, field: str | None, raw: Mapping[str, Any]) -> type[BaseModel] | None:
+        """The options of the named reward stand beside the fields."""
+        try:
+            return None if field is not None else _reward(raw.get("name")).Options
+        except ValueError:
+            return None
+
+
+def _reward(name: Any) -> Any:
+    """The reward class, imported late: rewards depend on torch and on this package. UnknownName if there is none."""
+    from megatron_urlvr.rewards.registry import get_reward
+
+    return get_reward(name)
 
 
 class RewardSection(Section):
     terms: dict[str, TermSection] = Field(min_length=1)
     """Terms by label."""
-    temperature: Literal["rollout"] | float = "rollout"
+    temperature: Literal["rollout"] | Annotated[float, Field(gt=0)] = "rollout"
     """Temperature of the token statistics; `rollout` is the sampling temperature, as in the released URLVR code."""

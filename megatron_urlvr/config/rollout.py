@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from .base import Section
+from .base import Section, rule
 
 
 class RolloutSection(Section):
@@ -27,13 +27,21 @@ class RolloutSection(Section):
     record: bool = False
     """Write every step's rollouts to `rollouts/`."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "RolloutSection":
+    @rule("engine", "replay_from")
+    def _replay(self) -> str | None:
         if self.engine == "replay" and not self.replay_from:
-            raise ValueError("engine: replay needs replay_from, the folder of the run to replay")
+            return "engine: replay needs replay_from, the folder of the run to replay"
+        if self.engine != "replay" and self.replay_from:
+            return f"replay_from = {self.replay_from!r} is read by engine: replay alone, and engine is {self.engine}"
+        return None
+
+    @rule("n_train", "n_votes")
+    def _trained_are_sampled(self) -> str | None:
         if self.n_train is not None and self.n_train > self.n_votes:
-            raise ValueError(f"n_train = {self.n_train} is more than n_votes = {self.n_votes}")
-        return self
+            return (
+                f"n_train = {self.n_train} is more than n_votes = {self.n_votes}: train on at most all that are sampled"
+            )
+        return None
 
     @property
     def trained(self) -> int:

@@ -1,7 +1,7 @@
 """The whole config of a training run."""
 
 from .algorithm import AlgorithmSection
-from .base import Section
+from .base import Section, rule
 from .data import DataSection
 from .eval import EvalSection
 from .model import ModelSection
@@ -27,3 +27,42 @@ class Config(Section):
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
     monitor: MonitorSection = MonitorSection()
+
+    @rule("algorithm.mini_batch", "rollout.prompts")
+    def _mini_batch(self) -> str | None:
+        prompts, mini_batch = self.rollout.prompts, self.algorithm.mini_batch
+        if mini_batch is not None and prompts % mini_batch:
+            fits = ", ".join(str(size) for size in range(1, prompts + 1) if prompts % size == 0)
+            return (
+                f"algorithm.mini_batch = {mini_batch} does not divide rollout.prompts = {prompts}: "
+                f"the prompts of a step are cut into equal mini-batches; these sizes fit: {fits}"
+            )
+        return None
+
+    @rule("algorithm.kl.coef", "algorithm.kl.reference", "optim.ema_decay")
+    def _ema_reference(self) -> str | None:
+        if self.algorithm.kl.reference == "ema" and self.optim.ema_decay is None:
+            return (
+                "algorithm.kl.reference = 'ema' needs optim.ema_decay, which is null: "
+                "set a decay such as 0.99, or algorithm.kl.reference=start"
+            )
+        return None
+
+    @rule("algorithm.advantage", "rollout.n_votes", "rollout.n_train", "run.rollout_only")
+    def _group_of_one(self) -> str | None:
+        if self.rollout.trained > 1 or self.run.rollout_only:
+            return None
+        setting = "n_votes" if self.rollout.n_train is None else "n_train"
+        return (
+            f"rollout.{setting} = 1: {self.algorithm.advantage} compares the responses of one prompt with each other, "
+            "and there is nothing to compare a single one with; train on at least 2"
+        )
+
+    @rule("run.rollout_only", "rollout.engine")
+    def _recording_a_replay(self) -> str | None:
+        if self.run.rollout_only and self.rollout.engine == "replay":
+            return (
+                "run.rollout_only = true with rollout.engine = 'replay' would record what is already recorded: "
+                "record with engine: embedded, or train on the replay"
+            )
+        return None

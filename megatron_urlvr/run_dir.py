@@ -1,0 +1,271 @@
+"""A run's folder: where each file is, and how it is written so that a crash at any moment leaves it readable."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+from .exit_codes import UnusableInput
+from .provenance import provenance
+
+if TYPE_CHECKING:
+    from .config.base import Section
+
+State = Literal["running", "done", "preempted", "failed", "stopped"]
+
+_held: set[Path] = set()
+"""Lock files that this process holds: POSIX locks do not keep a process from locking its own file twice."""
+
+
+class RunLocked(UnusableInput):
+    """Another process works in the run folder."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `status.json` says. It is the authority on how a run stands."""
+
+    state: State
+    step: int
+    """Steps that are completed."""
+    exit_code: int | None = None
+    """None while the run goes on."""
+    reason: str = ""
+    """In words, for people."""
+    updated: str = ""
+    """UTC, ISO 8601."""
+
+
+class RunDir:
+    """The folder of one run. Nothing is created before `create`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"RunDir({str(self.path)!r})"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def provenance(self) -> Path:
+        return self.path / "provenance.json"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def labels(self) -> Path:
+        return self.path / "labels.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    @property
+    def done(self) -> Path:
+        """Marker of a completed run: an empty file."""
+        return self.path / "DONE"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / step_name(step)
+
+    def rollouts(self, step: int) -> Path:
+        """Recorded rollouts of `step`."""
+        return self.path / "rollouts" / f"{step_name(step)}.jsonl.zst"
+
+    def samples(self, step: int) -> Path:
+        """Samples of the probe prompts at `step`."""
+        return self.path / "samples" / f"{step_name(step)}.jsonl"
+
+    def create(self) -> None:
+        """Make the folder. UnusableInput when that is not possible."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UnusableInput(f"run.dir = {str(self.path)!r} cannot be made a folder: {error.strerror}.") from error
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process; taken by the first rank alone.
+
+        A POSIX record lock: the system releases it when the process ends, however it ends, and children that outlive
+        it (grader processes) do not inherit it. RunLocked, naming the holder, when another process holds the folder.
+        """
+        self.create()
+        path = (self.path / ".lock").resolve()
+        if path in _held:
+            raise RunLocked(f"{self.path} is in use by this very process (pid {os.getpid()}).")
+        with path.open("a+", encoding="utf-8") as file:
+            _lock(file, self.path)
+            _held.add(path)
+            try:
+                file.truncate(0)
+                file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}))
+                file.flush()
+                yield
+            finally:
+                _held.discard(path)
+
+    def write_status(self, state: State, step: int, *, exit_code: int | None = None, reason: str = "") -> None:
+        """Replace `status.json`."""
+        write_json(self.status, asdict(Status(state, step, exit_code, reason, _now())))
+
+    def read_status(self) -> Status | None:
+        """What `status.json` says; None when there is none."""
+        if not self.status.exists():
+            return None
+        known = Status.__dataclass_fields__
+        raw = json.loads(self.status.read_text(encoding="utf-8"))
+        return Status(**{key: value for key, value in raw.items() if key in known})
+
+    def write_config(self, config: Section) -> None:
+        """Replace `config.yaml` by the resolved config, which `load_config` reads back to an equal one."""
+        from .config.loader import to_yaml  # late, so that reading a run folder does not import OmegaConf
+
+        write_text(self.config, to_yaml(config))
+
+    def write_provenance(self, hashes: Mapping[str, str]) -> None:
+        """Replace `provenance.json`; what it said of earlier launches of this run moves to its list `earlier`."""
+        earlier: list[Any] = []
+        if self.provenance.exists():
+            before = json.loads(self.provenance.read_text(encoding="utf-8"))
+            earlier = [*before.pop("earlier", []), before]
+        write_json(self.provenance, {"launched": _now(), **provenance(hashes), "earlier": earlier})
+
+    def mark_done(self) -> None:
+        self.done.touch()
+
+    def clear_done(self) -> None:
+        """For a completed run that is continued with more steps."""
+        self.done.unlink(missing_ok=True)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`, in file order. A last line torn by a crash is passed over."""
+        return [row for _, row in self._metric_lines()]
+
+    def truncate_metrics(self, step: int) -> int:
+        """Drop the rows after `step`, which a resumed run will write again, and a torn last line. What stays keeps its
+        bytes. Returns the number of rows dropped."""
+        lines = self._metric_lines()
+        kept = [line for line, row in lines if row["step"] <= step]
+        if self.metrics.exists():
+            content = b"".join(kept)
+            if content != self.metrics.read_bytes():
+                write_bytes(self.metrics, content)
+        return len(lines) - len(kept)
+
+    def _metric_lines(self) -> list[tuple[bytes, dict[str, Any]]]:
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_bytes().splitlines(keepends=True)
+        out = []
+        for number, line in enumerate(lines, 1):
+            try:
+                if not line.endswith(b"\n"):
+                    raise ValueError("no end of line")
+                row = json.loads(line)
+                row["step"]
+            except (ValueError, KeyError, TypeError) as error:
+                if number == len(lines):
+                    break
+                raise UnusableInput(
+                    f"{self.metrics}, line {number} is no row of metrics ({error}): the file was edited or damaged. "
+                    "Remove the line, or move the file away."
+                ) from error
+            out.append((line, row))
+        return out
+
+
+def step_name(step: int) -> str:
+    """`step_000050`."""
+    return f"step_{step:06d}"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as JSON, at once and durably."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text`, at once and durably."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`: a reader sees the old or the new, also after a crash. OSError leaves the old."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems do not sync folders; the rename itself is still atomic there.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _lock(file: IO[str], folder: Path) -> None:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise UnusableInput(
+                f"{folder} cannot be locked ({error.strerror}): its file system does not support locks. "
+                "Choose a run.dir on another one."
+            ) from error
+        file.seek(0)
+        raise RunLocked(
+            f"{folder} is in use by {_holder(file.read())}. Wait for it or stop it, or choose another run.dir."
+        ) from error
+
+
+def _holder(text: str) -> str:
+    try:
+        holder: Mapping[str, Any] = json.loads(text)
+        return f"process {holder['pid']} on {holder['host']} (since {holder['since']})"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
