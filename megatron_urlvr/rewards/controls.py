@@ -1,0 +1,128 @@
+"""The supervised reward that the label-free ones are compared with, and rewards that carry no truth at all."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from megatron_urlvr.config.base import Section
+from megatron_urlvr.types import Group
+
+from .base import ANSWER, LABEL, NoOptions, Reward, classes_of, signal_of
+from .registry import register
+from .voting import vote
+
+SPURIOUS = "Spurious Rewards (arXiv 2506.10947)"
+
+
+@register
+class GroundTruth(Reward[NoOptions]):
+    """1 where the answer is right: ordinary RLVR, the upper line of every comparison."""
+
+    name = "ground_truth"
+    needs = frozenset({LABEL})
+    supervised = True
+    formula = "1[answer(y) is right]"
+    value_range = "{0, 1}"
+    source = "RLVR with labels"
+
+    def score(self, group: Group) -> torch.Tensor:
+        return signal_of(self, group, "correct").to("cpu", torch.float32)
+
+
+class RandomOptions(Section):
+    p: float = Field(default=0.5, ge=0, le=1)
+    """Probability of a 1."""
+
+
+@register
+class Random(Reward[RandomOptions]):
+    """A coin for each sample. It is drawn from the run's seed, the prompt's id and the sample's index, so that it is
+    the same whichever process scores the sample and whatever stands beside it."""
+
+    name = "random"
+    needs = frozenset[str]()
+    Options = RandomOptions
+    formula = "Bernoulli(p)"
+    value_range = "{0, 1}"
+    source = SPURIOUS
+
+    def score(self, group: Group) -> torch.Tensor:
+        key = hashlib.blake2b(f"{self.seed}\0{group.prompt.id}".encode(), digest_size=16).digest()
+        draws = [
+            int.from_bytes(hashlib.blake2b(b"%d" % sample.index, digest_size=8, key=key).digest(), "big") / 2**64
+            for sample in group.samples
+        ]
+        return torch.tensor([float(draw < self.options.p) for draw in draws])
+
+
+@register
+class Format(Reward[NoOptions]):
+    """1 where an answer could be parsed, whatever it is."""
+
+    name = "format"
+    needs = frozenset({ANSWER})
+    formula = "1[y has a parsable answer]"
+    value_range = "{0, 1}"
+    source = SPURIOUS
+
+    def score(self, group: Group) -> torch.Tensor:
+        return torch.tensor([float(cls is not None) for cls in classes_of(self, group)])
+
+
+class LengthOptions(Section):
+    target: float = Field(ge=0)
+    """Tokens from which the length is counted; 0 takes the length itself."""
+    sign: Literal[-1, 1]
+    """-1 rewards responses near `target` (short ones at 0), 1 those far from it."""
+    scale: float = Field(gt=0)
+    """Tokens that make one unit of reward."""
+
+
+@register
+class Length(Reward[LengthOptions]):
+    """Distance of the response's length from a target. All three options must be given."""
+
+    name = "length"
+    needs = frozenset[str]()
+    Options = LengthOptions
+    formula = "sign * |T - target| / scale"
+    value_range = "sign +1: [0, inf); sign -1: (-inf, 0]"
+    source = "control; a length penalty alone in arXiv 2603.16578"
+
+    def score(self, group: Group) -> torch.Tensor:
+        options = self.options
+        return torch.tensor(
+            [options.sign * abs(sample.length - options.target) / options.scale for sample in group.samples],
+            dtype=torch.float64,
+        )
+
+
+class IncorrectOptions(Section):
+    wrong: Literal["majority", "any"] = "majority"
+    """`majority` pays the most frequent of the group's wrong answers, `any` every wrong answer."""
+
+
+@register
+class Incorrect(Reward[IncorrectOptions]):
+    """1 for wrong answers. The source labels the data once, with wrong majority answers of the base model; here the
+    wrong majority is that of the group itself. An unparsable response gets 0."""
+
+    name = "incorrect"
+    needs = frozenset({ANSWER, LABEL})
+    supervised = True
+    Options = IncorrectOptions
+    formula = "1[class(y) = most frequent wrong class] | 1[y has a wrong answer]"
+    value_range = "{0, 1}"
+    source = SPURIOUS
+
+    def score(self, group: Group) -> torch.Tensor:
+        correct = signal_of(self, group, "correct").tolist()
+        wrong = [None if right else cls for cls, right in zip(classes_of(self, group), correct, strict=True)]
+        if self.options.wrong == "any":
+            return torch.tensor([float(cls is not None) for cls in wrong])
+        winner = vote(wrong, [sample.index for sample in group.samples]).winner
+        return torch.tensor([float(winner is not None and cls == winner) for cls in wrong])
