@@ -1,0 +1,298 @@
+"""The loops of the head: forward over tiles, backward over tiles, and both at once.
+
+Logits exist one tile at a time. The forward keeps the log-sum-exp and the entropy of each row, and as many tiles of
+logits as the stash budget holds; the backward recomputes the others:
+
+    two-pass   forward: logits tile -> state            backward: tile again -> dlogits -> dH, dW      8 T H V flops
+    stash      the same without the second logits GEMM                                                 6 T H V
+    one-pass   forward: block of whole rows -> state -> dlogits -> dH, dW; backward hands them over    6 T H V
+
+Chunks run over the vocabulary, so a chunk's rows of dW are complete after one pass over a block's rows, and dH is the
+only running sum. Extra memory of the two-pass form: one tile of logits, and dH in float32 where the hidden states are
+narrower.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .call import HeadCall, cut, logit_scale, read_rows, wide_dtype
+from .gemm import logits_of
+from .gradients import HiddenGrad, WeightGrad
+from .rowstate import COUNT, FIELDS, Slopes, empty_state, merge, slopes, statistics
+from .tiling import Tiling, tile_head, tile_one_pass
+
+Vocab = int | torch.Tensor
+
+
+class Stash:
+    """Tiles of logits kept for the backward, up to a budget."""
+
+    def __init__(self, budget: int) -> None:
+        self._left = budget
+        self._kept: dict[tuple[int, int], torch.Tensor] = {}
+
+    def room(self, tile: slice, columns: slice, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """A buffer for this tile's logits that will be kept, or None when the budget is spent."""
+        shape = (tile.stop - tile.start, columns.stop - columns.start)
+        size = shape[0] * shape[1] * dtype.itemsize
+        if size > self._left:
+            return None
+        self._left -= size
+        return self._kept.setdefault((tile.start, columns.start), like.new_empty(shape, dtype=dtype))
+
+    def get(self, tile: slice, columns: slice) -> torch.Tensor | None:
+        """The kept logits of this tile, if they were kept."""
+        return self._kept.get((tile.start, columns.start))
+
+
+class Workspace:
+    """One buffer, viewed as a contiguous tile of whatever shape is needed."""
+
+    def __init__(self, elements: int, like: torch.Tensor, dtype: torch.dtype) -> None:
+        self.elements, self._like, self._dtype = elements, like, dtype
+        self._flat: torch.Tensor | None = None
+
+    def tile(self, rows: slice, columns: slice, offset: int = 0) -> torch.Tensor:
+        """A `[rows, columns]` view; allocated on first use."""
+        if self._flat is None:
+            self._flat = self._like.new_empty(self.elements, dtype=self._dtype)
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        return self._flat[offset : offset + shape[0] * shape[1]].view(shape)
+
+
+def _parts(chunks: list[slice], rows: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Room for the states of a block's chunks, `[n, 8, rows]`."""
+    if not chunks:  # a shard of padding alone
+        return empty_state(0, rows, like=like, dtype=dtype).unsqueeze(0)
+    parts = like.new_empty(len(chunks), FIELDS, rows, dtype=dtype)
+    parts[:, COUNT] = chunks[0].stop
+    parts[-1, COUNT] = chunks[-1].stop - chunks[-1].start
+    return parts
+
+
+def _two_pass_tiling(rows: int, call: HeadCall, like: torch.Tensor) -> Tiling:
+    size = call.logits_dtype.itemsize
+    return tile_head(rows, call.valid, itemsize=size, device=like.device, workspace_bytes=call.workspace_bytes)
+
+
+def vocabulary(call: HeadCall, state: torch.Tensor) -> Vocab:
+    """Number of real vocabulary entries; a tensor `[R]` where only the merged state knows it."""
+    if call.vocab_size is not None:
+        return call.vocab_size
+    return call.valid if call.tp.group is None else state[COUNT]
+
+
+def forward_pass(
+    hidden: torch.Tensor, weight: torch.Tensor, call: HeadCall, *, stash_bytes: int
+) -> tuple[torch.Tensor, Stash]:
+    """State over the whole vocabulary `[8, R]`, and the tiles kept on the way."""
+    rows = read_rows(hidden, call)
+    wide = wide_dtype(hidden.dtype)
+    scale = logit_scale(hidden, call)
+    tiling = _two_pass_tiling(rows.shape[0], call, rows)
+    stash = Stash(stash_bytes)
+    work = Workspace(tiling.tile_rows * tiling.chunk, rows, call.logits_dtype)
+    chunks = tiling.chunks(call.valid)
+    states = []
+    for block in tiling.blocks(rows.shape[0]):
+        parts = _parts(chunks, block.stop - block.start, rows, wide)
+        for part, columns in zip(parts, chunks, strict=False):
+            chunk_weight = weight[columns].to(rows.dtype)
+            for tile in tiling.tiles(block):
+                kept = stash.room(tile, columns, rows, call.logits_dtype)
+                logits = work.tile(tile, columns) if kept is None else kept
+                logits_of(rows[tile], chunk_weight, logits)
+                _row_state(call, logits, part[:, _inside(tile, block)], tile, columns, scale, consume=kept is None)
+        states.append(merge(parts, call.wanted))
+    state = (
+        states[0] if len(states) == 1 else torch.cat(states, 1) if states else empty_state(0, 0, like=rows, dtype=wide)
+    )
+    return call.tp.merge_states(state, call.wanted), stash
+
+
+def backward_pass(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    call: HeadCall,
+    gradient: Slopes,
+    stash: Stash,
+    need: tuple[bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of hidden and weight (`need`: which of them), tiles taken from the stash or computed again."""
+    count = gradient.lse.shape[0]
+    tiling = _two_pass_tiling(count, call, hidden)
+    sums = _Sums(hidden, weight, call, count, tiling, need)
+    rows = read_rows(hidden, call, sums.room)
+    work = Workspace(tiling.tile_rows * tiling.chunk, rows, call.logits_dtype)
+    slope_room = _slope_room(work, rows, call)
+    scale = logit_scale(hidden, call)
+    for block in tiling.blocks(count):
+        for columns in tiling.chunks(call.valid):
+            chunk_weight = weight[columns].to(rows.dtype)
+            for tile in tiling.tiles(block):
+                logits = stash.get(tile, columns)
+                if logits is None:
+                    logits = work.tile(tile, columns)
+                    logits_of(rows[tile], chunk_weight, logits)
+                out = slope_room.tile(tile, columns)
+                _dlogits(call, logits, out, gradient.rows(tile), tile, columns, scale)
+                sums.add(block, tile, columns, out, chunk_weight, rows[tile])
+        sums.end_block(block)
+    return sums.finish()
+
+
+def one_pass(
+    hidden: torch.Tensor, weight: torch.Tensor, call: HeadCall, need: tuple[bool, bool]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
+    """Statistics, and gradients of `sum upstream[k] * k`, in one pass over blocks of whole rows of logits."""
+    assert call.upstream is not None
+    count = _row_count(hidden, call)
+    tiling = _one_pass_tiling(count, call, hidden)
+    sums = _Sums(hidden, weight, call, count, tiling, need)
+    rows = read_rows(hidden, call, sums.room)
+    work = Workspace(tiling.block_rows * call.valid, rows, call.logits_dtype)
+    slope_room = _slope_room(work, rows, call)
+    scale = logit_scale(hidden, call)
+    chunks = tiling.chunks(call.valid)
+    found: list[dict[str, torch.Tensor]] = []
+    for block in tiling.blocks(count):
+        parts = _parts(chunks, block.stop - block.start, rows, wide_dtype(hidden.dtype))
+        for part, columns in zip(parts, chunks, strict=False):
+            chunk_weight = weight[columns].to(rows.dtype)
+            for tile in tiling.tiles(block):
+                logits = work.tile(tile, columns, _place(block, tile, columns))
+                logits_of(rows[tile], chunk_weight, logits)
+                _row_state(call, logits, part[:, _inside(tile, block)], tile, columns, scale, consume=False)
+        state = call.tp.merge_states(merge(parts, call.wanted), call.wanted)
+        lse, entropy, values = statistics(state, call.outputs, vocabulary(call, state))
+        found.append(values)
+        upstream = {name: value[block] for name, value in call.upstream.items()}
+        gradient = slopes(lse, entropy, upstream, vocabulary(call, state))
+        for columns in chunks:
+            chunk_weight = weight[columns].to(rows.dtype)
+            for tile in tiling.tiles(block):
+                logits = work.tile(tile, columns, _place(block, tile, columns))
+                out = slope_room.tile(tile, columns, _place(block, tile, columns))
+                _dlogits(call, logits, out, gradient.rows(_inside(tile, block)), tile, columns, scale)
+                sums.add(block, tile, columns, out, chunk_weight, rows[tile])
+        sums.end_block(block)
+    if not found:
+        empty = empty_state(call.valid, 0, like=rows, dtype=wide_dtype(hidden.dtype))
+        found.append(statistics(empty, call.outputs, vocabulary(call, empty))[2])
+    whole = found[0] if len(found) == 1 else {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    return whole, *sums.finish()
+
+
+class _Sums:
+    """The two gradients while they are being summed."""
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        call: HeadCall,
+        count: int,
+        tiling: Tiling,
+        need: tuple[bool, bool],
+    ) -> None:
+        self._hidden = HiddenGrad(count, hidden, call, tiling) if need[0] else None
+        self._weight = WeightGrad(count, weight, call, tiling) if need[1] else None
+        self._end = (count, call.valid)
+
+    @property
+    def room(self) -> torch.Tensor | None:
+        """See `HiddenGrad.room`."""
+        return None if self._hidden is None else self._hidden.room
+
+    def add(
+        self, block: slice, tile: slice, columns: slice, dlogits: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor
+    ) -> None:
+        """Takes in one tile: dlogits `[r, c]`, the chunk's weight `[c, H]`, the tile's hidden rows `[r, H]`."""
+        if self._hidden is not None:
+            self._hidden.add(block, tile, dlogits, weight, fresh=columns.start == 0)
+            if (tile.stop, columns.stop) == self._end:
+                self._hidden.last_tile_done()
+        if self._weight is not None:
+            self._weight.add(columns, dlogits, rows, fresh=tile.start == 0)
+
+    def end_block(self, block: slice) -> None:
+        """All tiles of `block` are in."""
+        if self._hidden is not None:
+            self._hidden.end_block(block)
+
+    def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The gradients for autograd."""
+        weight = None if self._weight is None else self._weight.finish()
+        return None if self._hidden is None else self._hidden.finish(), weight
+
+
+def _row_state(
+    call: HeadCall,
+    logits: torch.Tensor,
+    state: torch.Tensor,
+    tile: slice,
+    columns: slice,
+    scale: torch.Tensor | float | None,
+    *,
+    consume: bool,
+) -> None:
+    call.ops.row_state(
+        logits,
+        state,
+        call.wanted,
+        target=None if call.target is None else call.target[tile],
+        first=call.first + columns.start,
+        inv_tau=cut(scale, tile),
+        consume=consume,
+    )
+
+
+def _dlogits(
+    call: HeadCall,
+    logits: torch.Tensor,
+    out: torch.Tensor,
+    gradient: Slopes,
+    tile: slice,
+    columns: slice,
+    scale: torch.Tensor | float | None,
+) -> None:
+    call.ops.dlogits(
+        logits,
+        out,
+        gradient,
+        target=None if call.target is None else call.target[tile],
+        first=call.first + columns.start,
+        inv_tau=cut(scale, tile),
+    )
+
+
+def _inside(tile: slice, block: slice) -> slice:
+    """The rows of `tile` counted from the start of `block`."""
+    return slice(tile.start - block.start, tile.stop - block.start)
+
+
+def _place(block: slice, tile: slice, columns: slice) -> int:
+    """Where a tile lies in a buffer of a block's whole rows: chunk after chunk, tile after tile, each contiguous."""
+    width = columns.stop - columns.start
+    return (block.stop - block.start) * columns.start + (tile.start - block.start) * width
+
+
+def _slope_room(work: Workspace, rows: torch.Tensor, call: HeadCall) -> Workspace:
+    """Where dlogits go: over the logits, except where a GPU's GEMMs want them narrower than the logits."""
+    if rows.is_cuda and rows.dtype != call.logits_dtype:
+        return Workspace(work.elements, rows, rows.dtype)
+    return work
+
+
+def _row_count(hidden: torch.Tensor, call: HeadCall) -> int:
+    if call.row_index is not None:
+        return call.row_index.shape[0]
+    return hidden.shape[0] * (call.tp.size if call.sequence_parallel else 1)
+
+
+def _one_pass_tiling(count: int, call: HeadCall, like: torch.Tensor) -> Tiling:
+    """Blocks have a collective each: their size is made of what all ranks know alike."""
+    agreed = call.valid if call.tp.group is None else -(-(call.vocab_size or 0) // call.tp.size)
+    size = call.logits_dtype.itemsize
+    return tile_one_pass(count, agreed, itemsize=size, device=like.device, workspace_bytes=call.workspace_bytes)

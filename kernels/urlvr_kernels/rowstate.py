@@ -1,0 +1,170 @@
+"""The mergeable state of a row over part of the vocabulary, and how statistics are read off it.
+
+Over any subset of columns, with `z` the scaled logits, a row is summarised by eight numbers in centred form:
+
+    MAX     m  = max z                      -inf over no columns
+    SUM     s  = sum exp(z - m)
+    CENTRED a  = sum (z - m) exp(z - m)     entropy = log s - a / s, free of the cancellation in lse - sum p z
+    SPREAD  u  = sum (z - m)                self-certainty = log s - u / V - log V
+    TARGET  t  = z[target] - m              -inf where the target is not among the columns
+    COUNT   n  = number of columns
+    SECOND  m2 = second largest z           -inf over fewer than two columns
+    ARGMAX  id of the largest z             exact in float32 up to 2**24 entries
+
+Two states of disjoint columns merge into the state of their union, so tiles, chunks, splits and tensor-parallel ranks
+all use the one `merge` below. States are `[8, T]`, float32 (float64 for float64 logits). A row of the state that
+nobody asked for holds arbitrary bits and is never read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+MAX, SUM, CENTRED, SPREAD, TARGET, COUNT, SECOND, ARGMAX = range(8)
+FIELDS = 8
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which optional parts of the state are computed. MAX, SUM and COUNT always are."""
+
+    centred: bool = False
+    spread: bool = False
+    target: bool = False
+    second: bool = False
+    argmax: bool = False
+
+    @staticmethod
+    def of(outputs: Collection[str]) -> Wanted:
+        """The parts that the statistics named in `outputs` are made of."""
+        return Wanted(
+            centred="entropy" in outputs,
+            spread="self_certainty" in outputs,
+            target="logp" in outputs,
+            second="top2_gap" in outputs,
+            argmax="argmax" in outputs,
+        )
+
+
+def empty_state(columns: int, rows: int, *, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Room for a state: `[8, rows]`, COUNT filled in; over no columns, the neutral element of `merge`."""
+    state = torch.empty(FIELDS, rows, dtype=dtype, device=like.device)
+    state[COUNT] = columns
+    if columns == 0:
+        for field, value in ((MAX, -math.inf), (SUM, 0.0), (CENTRED, 0.0), (SPREAD, 0.0), (TARGET, -math.inf)):
+            state[field] = value
+        state[SECOND] = -math.inf
+        state[ARGMAX] = -1
+    return state
+
+
+def merge(states: torch.Tensor, wanted: Wanted) -> torch.Tensor:
+    """Merges states of disjoint columns. states: `[n, 8, T]`; returns `[8, T]`, the union's state (n = 1: a view)."""
+    if states.shape[0] == 1:
+        return states[0]
+    m = states[:, MAX]
+    top = m.amax(0)
+    out = torch.empty_like(states[0])
+    out[MAX] = top
+    # A part over no columns has m = -inf: its weight is 0 and its shift must not turn 0 * inf into NaN.
+    shift = torch.where(m == -math.inf, 0.0, m - top)
+    weight = torch.where(m == -math.inf, 0.0, torch.exp(shift))
+    out[SUM] = (weight * states[:, SUM]).sum(0)
+    out[COUNT] = states[:, COUNT].sum(0)
+    if wanted.centred:
+        out[CENTRED] = (weight * (states[:, CENTRED] + shift * states[:, SUM])).sum(0)
+    if wanted.spread:
+        out[SPREAD] = (states[:, SPREAD] + shift * states[:, COUNT]).sum(0)
+    if wanted.target:
+        out[TARGET] = (states[:, TARGET] + shift).amax(0)
+    if wanted.second:
+        pair = torch.cat([m, states[:, SECOND]]).topk(2, dim=0).values
+        out[SECOND] = pair[1]
+    if wanted.argmax:
+        ids = torch.where(m == top, states[:, ARGMAX], math.inf).amin(0)
+        out[ARGMAX] = torch.where(ids == math.inf, -1.0, ids)  # no part equals a NaN maximum
+    return out
+
+
+def statistics(
+    state: torch.Tensor, outputs: Collection[str], vocab_size: int | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Reads statistics off the state of the whole vocabulary.
+
+    state: `[8, T]`; vocab_size: number of real entries (a tensor where only the merged COUNT knows it).
+    Returns `(lse, entropy or an empty tensor, {name: [T]})`; the first two are what the backward needs.
+    """
+    log_s = state[SUM].log()
+    lse = state[MAX] + log_s
+    found: dict[str, torch.Tensor] = {}
+    entropy = log_s.new_empty(0)
+    if "entropy" in outputs:
+        entropy = found["entropy"] = log_s - state[CENTRED] / state[SUM]
+    if "logp" in outputs:
+        found["logp"] = state[TARGET] - log_s
+    if "self_certainty" in outputs:
+        log_v = vocab_size.log() if isinstance(vocab_size, torch.Tensor) else math.log(vocab_size)
+        found["self_certainty"] = log_s - state[SPREAD] / vocab_size - log_v
+    if "lse" in outputs:
+        found["lse"] = lse
+    if "top2_gap" in outputs:
+        found["top2_gap"] = (1.0 - torch.exp(state[SECOND] - state[MAX])) / state[SUM]
+    if "max_prob" in outputs:
+        found["max_prob"] = 1.0 / state[SUM]
+    if "argmax" in outputs:
+        found["argmax"] = state[ARGMAX].to(torch.int64)
+    return lse, entropy, found
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """Per-row scalars of the gradient with respect to the scaled logits, `[T]` each, None where zero everywhere.
+
+    With `p = exp(z - lse)`:  dz = p * (alpha + beta * (z - lse)) + label * [column = target] + uniform.
+    """
+
+    lse: torch.Tensor
+    alpha: torch.Tensor
+    beta: torch.Tensor | None
+    label: torch.Tensor | None
+    uniform: torch.Tensor | None
+
+    def rows(self, index: slice) -> Slopes:
+        """The slopes of some rows."""
+
+        def cut(value: torch.Tensor | None) -> torch.Tensor | None:
+            return None if value is None else value[index]
+
+        return Slopes(self.lse[index], self.alpha[index], cut(self.beta), cut(self.label), cut(self.uniform))
+
+
+def slopes(
+    lse: torch.Tensor,
+    entropy: torch.Tensor,
+    grads: dict[str, torch.Tensor],
+    vocab_size: int | torch.Tensor,
+) -> Slopes:
+    """Turns the gradients of the statistics into `Slopes`. grads: `{name: [T]}`, only names with a gradient.
+
+    From d logp = label - p, d entropy = -p (q + entropy), d self_certainty = p - 1/V, d lse = p, with q = log p.
+    """
+    alpha = torch.zeros_like(lse)
+    beta = label = uniform = None
+    if "logp" in grads:
+        label = grads["logp"].to(lse.dtype)
+        alpha -= label
+    if "entropy" in grads:
+        g = grads["entropy"].to(lse.dtype)
+        alpha -= g * entropy
+        beta = -g
+    if "self_certainty" in grads:
+        g = grads["self_certainty"].to(lse.dtype)
+        alpha += g
+        uniform = -g / vocab_size
+    if "lse" in grads:
+        alpha += grads["lse"].to(lse.dtype)
+    return Slopes(lse, alpha, beta, label, uniform)

@@ -1,0 +1,81 @@
+"""How much of the logits exists at once: sizes of blocks, tiles and chunks for a device and a workspace budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+CPU_TILE_BYTES = 1 << 20
+"""A tile and its exponentials stay in a core's L2 cache (2 MB on current servers)."""
+CPU_TILE_ROWS = 256
+MAX_BLOCK_ROWS = 16384
+"""Rows of one GPU block: bounds the float32 gradient buffer of a block, and keeps offsets inside it 32-bit."""
+GPU_CHUNK_ALIGN = 256
+"""Columns of a GPU chunk are a multiple of this, so that GEMM tiles are full and rows aligned."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Blocks of rows, cut into tiles of `tile_rows`; columns in chunks of `chunk` columns.
+
+    A block's gradient is accumulated over the chunks before the next block begins; a chunk's weight is read once a
+    block.
+    """
+
+    block_rows: int
+    tile_rows: int
+    chunk: int
+
+    def blocks(self, rows: int) -> list[slice]:
+        """Slices of rows, one a block."""
+        return [slice(i, min(i + self.block_rows, rows)) for i in range(0, rows, self.block_rows)]
+
+    def tiles(self, block: slice) -> list[slice]:
+        """Slices of rows inside a block, one a tile."""
+        return [slice(i, min(i + self.tile_rows, block.stop)) for i in range(block.start, block.stop, self.tile_rows)]
+
+    def chunks(self, columns: int) -> list[slice]:
+        """Slices of columns, one a chunk."""
+        return [slice(i, min(i + self.chunk, columns)) for i in range(0, columns, self.chunk)]
+
+
+def tile_head(rows: int, columns: int, *, itemsize: int, device: torch.device, workspace_bytes: int) -> Tiling:
+    """Sizes for the LM head: `rows` x `columns` logits of `itemsize` bytes, at most `workspace_bytes` at once."""
+    rows, columns = max(rows, 1), max(columns, 1)
+    if device.type == "cpu":
+        budget = max(min(workspace_bytes, CPU_TILE_BYTES), 4096)
+        if rows * columns * itemsize <= budget:
+            return Tiling(rows, rows, columns)
+        tile_rows = min(rows, CPU_TILE_ROWS)
+        chunk = max(1, budget // (tile_rows * itemsize))
+        if chunk >= columns:  # narrow vocabularies: taller tiles instead
+            return Tiling(rows, min(rows, max(1, budget // (columns * itemsize))), columns)
+        return Tiling(rows, tile_rows, chunk)
+    block = min(rows, MAX_BLOCK_ROWS)
+    chunk = workspace_bytes // (block * itemsize) // GPU_CHUNK_ALIGN * GPU_CHUNK_ALIGN
+    return Tiling(block, block, min(max(chunk, GPU_CHUNK_ALIGN), columns))
+
+
+def tile_one_pass(rows: int, columns: int, *, itemsize: int, device: torch.device, workspace_bytes: int) -> Tiling:
+    """Sizes for the one-pass form, which holds whole rows of logits: blocks small enough for the workspace.
+
+    columns: what every rank agrees on (the collective of each block must match), not this rank's own width.
+    """
+    rows, columns = max(rows, 1), max(columns, 1)
+    block = min(rows, max(1, workspace_bytes // (columns * itemsize)))
+    if block >= 128:
+        block = block // 128 * 128
+    if device.type == "cpu":
+        chunk = max(1, CPU_TILE_BYTES // (min(block, CPU_TILE_ROWS) * itemsize))
+        return Tiling(block, min(block, CPU_TILE_ROWS), min(chunk, columns))
+    return Tiling(block, block, columns)
+
+
+def tile_logits(rows: int, columns: int, *, itemsize: int, device: torch.device) -> Tiling:
+    """Sizes for statistics from materialised logits: bounds what plain torch holds beside them."""
+    rows, columns = max(rows, 1), max(columns, 1)
+    budget = CPU_TILE_BYTES if device.type == "cpu" else 64 << 20
+    chunk = min(columns, max(1, budget // itemsize // min(rows, 16)))
+    tile_rows = min(rows, max(1, budget // (chunk * itemsize)))
+    return Tiling(rows, tile_rows, chunk)
