@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_urlvr.config.monitor import MonitorSection
+from megatron_urlvr.exit_codes import UnusableInput
 
 from .console import progress_writer
 
@@ -21,8 +23,8 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 
 
-class MissingPackageError(ValueError):
-    """A package that a setting asks for is not installed: unusable input (exit code 2)."""
+class MissingPackageError(UnusableInput):
+    """A package that a setting asks for is not installed."""
 
 
 class MetricWriter(Protocol):
@@ -89,7 +91,7 @@ class WandbWriter:
         kept = run_dir / "wandb" / "run_id"
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(wandb.util.generate_id() + "\n")
+            kept.write_text(uuid.uuid4().hex[:12] + "\n")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "megatron_urlvr"),
             name=name,

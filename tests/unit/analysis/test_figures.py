@@ -1,0 +1,79 @@
+"""Figures: labels that do not overlap, alt texts that tell the curves, colours that stay with a run."""
+
+import io
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from synthetic_runs import make_run
+
+from megatron_urlvr.analysis.figures import COLOURS, Styles, accuracy_panels, proxy_panels, spread
+from megatron_urlvr.analysis.pictures import report_pictures
+from megatron_urlvr.analysis.runs import Series, load_run
+
+
+@given(
+    st.lists(st.tuples(st.floats(-50, 250), st.floats(8, 25)), min_size=1, max_size=8),
+)
+def test_labels_never_overlap_keep_their_order_and_stay_in_the_figure(boxes):
+    wanted, heights = [box[0] for box in boxes], [box[1] for box in boxes]
+    placed = spread(wanted, heights, low=0.0, high=200.0)
+    order = sorted(range(len(boxes)), key=lambda index: wanted[index])
+    for below, above in pairwise(order):
+        assert placed[above] - placed[below] >= (heights[above] + heights[below]) / 2 - 1e-6
+    for y, height in zip(placed, heights, strict=True):
+        assert y - height / 2 >= -1e-6
+        assert y + height / 2 <= 200.0 + 1e-6
+
+
+def test_labels_with_room_stay_where_their_lines_end():
+    assert spread([10.0, 100.0, 50.0], [10.0] * 3, low=0.0, high=200.0) == [10.0, 100.0, 50.0]
+
+
+def test_two_labels_on_one_spot_part_evenly():
+    assert spread([50.0, 50.0], [10.0, 10.0], low=0.0, high=200.0) == [45.0, 55.0]
+
+
+@pytest.fixture
+def three(tmp_path):
+    runs = {
+        "weak + trajectory entropy": make_run(tmp_path / "weak", "dies"),
+        "strong + trajectory entropy": make_run(tmp_path / "strong", "rises", base="strong"),
+        "weak + ground truth": make_run(tmp_path / "truth", "truth", reward="ground_truth"),
+    }
+    return [Series(label, [load_run(path)]) for label, path in runs.items()]
+
+
+def test_accuracy_has_a_panel_for_each_base_and_rewards_one_for_each_unit(three):
+    styles = Styles(three)
+    assert [panel.title for panel in accuracy_panels(three, "held_out", styles)] == ["Base: weak", "Base: strong"]
+    assert [panel.subtitle for panel in proxy_panels(three, styles)] == [
+        "trajectory_entropy (sum), batch mean",
+        "ground_truth, batch mean",
+    ]
+    label_free = proxy_panels(three, styles, unsupervised_only=True)
+    assert [panel.subtitle for panel in label_free] == ["trajectory_entropy (sum), batch mean"]
+
+
+def test_the_overview_is_a_picture_that_shows_every_run_in_its_colour(three):
+    overview, _, details = report_pictures(three, ["held_out"], Styles(three), "Two beliefs")
+    pixels = np.asarray(Image.open(io.BytesIO(overview.png)).convert("RGB")).reshape(-1, 3)
+    for colour in COLOURS[:3]:
+        rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (pixels == rgb).all(axis=1).sum() > 300
+    assert len(details) == 6
+
+
+def test_the_alt_text_tells_every_curve_in_numbers(three):
+    overview, _, _ = report_pictures(three, ["held_out"], Styles(three), "Two beliefs")
+    for item in three:
+        assert f"{item.label}: {item.mean('eval/held_out/avg@4').values[0]:.2f} at step 0" in overview.alt
+        assert f"{item.mean('reward/proxy').values[-1]:.2f} at step 100" in overview.alt
+
+
+def test_figures_are_the_same_bytes_when_made_again(three):
+    first, second = (report_pictures(three, ["held_out"], Styles(three), "T")[0].png for _ in range(2))
+    assert first == second
