@@ -93,7 +93,7 @@ def dr_grpo(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def rloo(rewards: torch.Tensor) -> torch.Tensor:
-    """`r_i - mean of the others` (RLOO, arXiv 2402.14740, eq. 8), which is n / (n - 1) times `r - mean`."""
+    """`r_i - mean of the others` (RLOO, arXiv 2402.14740), which is n / (n - 1) times `r - mean`."""
     rewards = rewards.double()
     n = rewards.shape[-1]
     return ((rewards - rewards.mean(dim=-1, keepdim=True)) * (n / (n - 1))).float()

@@ -33,7 +33,7 @@ def token_weights(
 
     The totals are global: response tokens and responses of the whole mini-batch, over all data-parallel ranks.
 
-    - `token_mean`: `1 / total_tokens` (DAPO, arXiv 2503.14476, eq. 8; veRL's default)
+    - `token_mean`: `1 / total_tokens` (DAPO, arXiv 2503.14476; veRL's default)
     - `sequence_mean`: `1 / (length * total_sequences)` (GRPO, arXiv 2402.03300, eq. 3)
     - `fixed_length`: `1 / (max_new_tokens * total_sequences)` (Dr.GRPO, arXiv 2503.20783)
     """
@@ -93,7 +93,7 @@ def ppo_clip(
     dual_clip: float | None = None,
 ) -> Clipped:
     """`max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high))` per token (PPO, arXiv 1707.06347, eq. 7; separate bounds:
-    DAPO, arXiv 2503.14476, eq. 8), and for A < 0 at most `-A dual_clip` (dual clip, arXiv 1912.09729, eq. 5)."""
+    DAPO, arXiv 2503.14476), and for A < 0 at most `-A dual_clip` (dual clip, arXiv 1912.09729)."""
     free = -advantage * ratio
     bounded = -advantage * torch.clamp(ratio, 1.0 - clip_low, 1.0 + clip_high)
     loss = torch.maximum(free, bounded)
@@ -161,8 +161,9 @@ class PolicyLoss:
             "policy/ratio": ratio,
         }
         metrics = {"loss/policy": policy.detach()}
-        if self.needs_reference and inputs.ref_logp is not None:
-            divergence = ESTIMATORS[self.kl_estimator](logp, inputs.ref_logp)
+        if self.needs_reference:
+            reference = logp.detach() if inputs.ref_logp is None else inputs.ref_logp  # None only without tokens
+            divergence = ESTIMATORS[self.kl_estimator](logp, reference)
             penalty = self.kl_coef * (weight * divergence).sum()
             loss = policy + penalty
             metrics["loss/kl"] = penalty.detach()
@@ -170,8 +171,7 @@ class PolicyLoss:
         if stats.entropy is not None:
             per_token["policy/entropy"] = stats.entropy
         with torch.no_grad():
-            for name, values in per_token.items():
-                metrics[name] = (weight * values.detach()).sum()
+            metrics |= {name: (weight * values).sum() for name, values in per_token.items()}
             metrics[WEIGHT] = weight.sum()
         return loss, metrics
 
@@ -194,7 +194,7 @@ class PolicyLoss:
         given |= {"ref_logp": inputs.ref_logp} if inputs.ref_logp is not None else {}
         if wrong := [f"{name} {tuple(value.shape)}" for name, value in given.items() if value.shape != logp.shape]:
             raise ValueError(f"the loss has log-probs of shape {tuple(logp.shape)} but {', '.join(wrong)}; one a token")
-        if self.needs_reference and inputs.ref_logp is None:
+        if self.needs_reference and inputs.ref_logp is None and logp.numel():
             raise ValueError(
                 f"algorithm.kl.coef is {self.kl_coef} with place: loss, but no reference log-probs were given; "
                 "score the batch under the reference weights first, or set algorithm.kl.coef to 0"

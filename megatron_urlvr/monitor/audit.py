@@ -158,12 +158,12 @@ def _rollout_group(group: Group, reward: torch.Tensor) -> Sums:
 
 
 def term_sums(groups: Sequence[Group], results: Sequence[RewardResult]) -> Sums:
-    """Metrics of the single reward terms: `reward/<label>`, its raw mean over samples, and `reward/<label>/<what>`, the
+    """Metrics of the single reward terms: `term/<label>`, its raw mean over samples, and `term/<label>/<what>`, the
     mean over groups of what it counted."""
     parts: list[Sums] = []
     for group, result in zip(groups, results, strict=True):
-        parts.append({f"reward/{label}": (float(s.sum()), float(len(group))) for label, s in result.by_term.items()})
-        parts.append({f"reward/{name}": (value, 1.0) for name, value in result.counts.items()})
+        parts.append({f"term/{label}": (float(s.sum()), float(len(group))) for label, s in result.by_term.items()})
+        parts.append({f"term/{name}": (value, 1.0) for name, value in result.counts.items()})
     return merge(parts)
 
 

@@ -201,17 +201,20 @@ def test_far_off_policy_tokens_leave_the_gradient_finite(advantage, old):
     assert logp.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("coef", [0.0, 0.1])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_an_empty_micro_batch_adds_nothing_and_can_be_differentiated(aggregation):
-    loss = make_loss(0.2, 0.2, None, 0.0, "k3", aggregation)
-    weight = token_weights(
-        torch.tensor([], dtype=torch.long), aggregation, total_tokens=5, total_sequences=2, max_new_tokens=4
-    )
+def test_an_empty_micro_batch_adds_nothing_and_can_be_differentiated(aggregation, coef):
+    loss = make_loss(0.2, 0.2, None, coef, "k3", aggregation)
+    none = torch.tensor([], dtype=torch.long)
+    weight = token_weights(none, aggregation, total_tokens=5, total_sequences=2, max_new_tokens=4)
     logp = torch.zeros(0, requires_grad=True)
     value, metrics = loss(TokenStats(logp=logp), LossInputs(advantage=torch.zeros(0), weight=weight))
     value.backward()
     assert value.item() == 0
     assert all(metric.item() == 0 for metric in metrics.values())
+    one = torch.ones(1)
+    _, full = loss(TokenStats(logp=-one), LossInputs(one, one, ref_logp=-one))
+    assert metrics.keys() == full.keys()  # ranks that have nothing take part in the same reductions
 
 
 def test_padding_of_weight_zero_adds_nothing():

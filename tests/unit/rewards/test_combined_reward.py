@@ -1,10 +1,12 @@
 """Terms, weights, normalisation, and the check before step 0."""
 
+import asyncio
+
 import pytest
 import torch
 
 from megatron_urlvr.config.reward import RewardSection
-from megatron_urlvr.rewards import Combined, MissingSignalError, Reward, Term, build_terms, missing_signals
+from megatron_urlvr.rewards import Combined, MissingSignalError, Provider, Reward, Term, build_terms, missing_signals
 
 
 def combined(terms, advantage="grpo", **kwargs):
@@ -94,13 +96,22 @@ class Judged(Reward):
         return signal_of(self, group, "judge")
 
 
+class Judge(Provider):
+    provides = frozenset({"judge"})
+
+    async def fetch(self, groups):
+        for group in groups:
+            group.signals["judge"] = torch.tensor([0.25, 1.0])
+
+
 def test_a_third_partys_reward_reads_what_its_provider_filled_in(make_group):
     mine = Combined([Term("mine", Judged(), weight=2.0, normalize=False)])
     group = make_group("q", lengths=[1, 1])
     assert len(missing_signals(mine, frozenset({"logp"}))) == 1
+    assert missing_signals(mine, frozenset({"logp"}) | Judge.provides) == []
     with pytest.raises(MissingSignalError, match=r"judged.*'judge'.*'q'"):
         mine.score(group)
-    group.signals["judge"] = torch.tensor([0.25, 1.0])
+    asyncio.run(Judge().fetch([group]))
     assert mine.score(group).total.tolist() == [0.5, 2.0]
 
 

@@ -1,6 +1,8 @@
 """What is registered, what is said about it, and rewards of other packages."""
 
+import re
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,3 +99,22 @@ def test_a_name_can_be_registered_once():
 
     with pytest.raises(ValueError, match="majority_vote"):
         register(Again)
+
+
+def test_the_documentation_lists_every_reward_with_its_needs():
+    page = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text()
+    rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| `")}
+    for entry in describe():
+        row = rows[f"`{entry.name}`"]
+        assert ("**supervised**" in row) == entry.supervised
+        assert {need.strip() for need in row.split("|")[-4].split(",")} - {"–"} == set(entry.needs)
+
+
+def test_the_example_in_the_documentation_runs(make_group):
+    page = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    scope = {"torch": torch, "Reward": Reward}
+    exec(code, scope)
+    group = make_group(lengths=[1, 1])
+    group.samples[0].text = "YES"
+    assert scope["Shouting"]().score(group).tolist() == [1.0, 0.0]
