@@ -131,6 +131,20 @@ class RunDir:
             finally:
                 _held.discard(path)
 
+    def in_use(self) -> bool:
+        """Whether some process holds the folder. A run that says it is `running` and that nobody holds was killed."""
+        path = (self.path / ".lock").resolve()
+        if path in _held:  # opening and closing the file here would give this process's own lock up
+            return True
+        if not path.exists():
+            return False
+        with path.open("rb") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                return error.errno in (errno.EACCES, errno.EAGAIN)
+        return False
+
     def write_status(self, state: State, step: int, *, exit_code: int | None = None, reason: str = "") -> None:
         """Replace `status.json`."""
         write_json(self.status, asdict(Status(state, step, exit_code, reason, _now())))

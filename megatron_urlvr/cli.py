@@ -1,0 +1,179 @@
+"""The commands. Parses and dispatches; everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_urlvr.exit_codes import ExitCode, UnusableInput
+
+app = typer.Typer(
+    help="Unsupervised reinforcement learning with verifiable rewards, on Megatron-Core and SGLang.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigFile = Annotated[Path, typer.Argument(help="A YAML config, or the folder of a run.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings laid over the file, such as run.steps=50.", metavar="[KEY=VALUE]..."),
+]
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train a policy. A run that was interrupted continues; Ctrl-C leaves it resumable."""
+    from megatron_urlvr.config.loader import load_config
+
+    loaded = load_config(config, overrides or [])
+    from megatron_urlvr.train import main as run
+
+    raise typer.Exit(run(loaded))
+
+
+@app.command()
+def pretrain(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Make small base policies by next-token prediction."""
+    from megatron_urlvr.config.loader import load_config
+    from megatron_urlvr.config.pretrain import PretrainConfig
+
+    loaded = load_config(config, overrides or [], PretrainConfig)
+    from megatron_urlvr.pretrain import main as run
+
+    raise typer.Exit(run(loaded))
+
+
+@app.command("eval")
+def evaluate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Checkpoint of the run, such as step_000050. Without it: model.path.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="A set of eval.sets; may be repeated. Without it: all.")
+    ] = None,
+) -> None:
+    """Measure a policy on the config's evaluation sets."""
+    from megatron_urlvr.config.errors import did_you_mean
+    from megatron_urlvr.config.loader import load_config
+
+    loaded = load_config(config, overrides or [])
+    known = loaded.eval.sets
+    if wrong := [name for name in sets or [] if name not in known]:
+        raise UnusableInput(
+            f"--set {wrong[0]}: the config has no such evaluation set.{did_you_mean(wrong[0], known)}"
+            f" Known: {', '.join(known) or 'none'}."
+        )
+    from megatron_urlvr.evaluate import main as run
+
+    raise typer.Exit(run(loaded, checkpoint, sets or None))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
+    out: Annotated[Path | None, typer.Option(help="Where the page goes. Without it: the run's report folder.")] = None,
+) -> None:
+    """Write one HTML page with figures about one or several runs."""
+    from megatron_urlvr.analysis.report import write_report
+
+    typer.echo(str(write_report(runs, out)))
+
+
+@app.command()
+def study(
+    grid: Annotated[Path, typer.Argument(help="A study's YAML file.", metavar="GRID")],
+    overrides: Overrides = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once. Without it: as the study says.")] = None,
+) -> None:
+    """Run a list of configs, one report on all of them. Continues where it was interrupted."""
+    from megatron_urlvr.config.loader import load_config
+    from megatron_urlvr.config.study import StudyConfig
+
+    loaded = load_config(grid, overrides or [], StudyConfig)
+    from megatron_urlvr.analysis.study import run_study
+
+    raise typer.Exit(run_study(loaded, grid, jobs))
+
+
+@config_app.command("show")
+def config_show(
+    file: Annotated[
+        Path | None, typer.Argument(help="A config, or the folder of a run.", metavar="[FILE]", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    docs: Annotated[bool, typer.Option("--docs", help="Print every setting with its meaning and default.")] = False,
+) -> None:
+    """Print a config with all defaults filled in, or (--docs) what each setting means."""
+    from megatron_urlvr.commands.show import show
+
+    typer.echo(show(file, overrides or [], docs=docs), nl=False)
+
+
+@app.command()
+def rewards(
+    names: Annotated[list[str] | None, typer.Argument(help="Rewards to describe. Without any: all.")] = None,
+) -> None:
+    """List the rewards: formula, needs, range, options, source."""
+    from megatron_urlvr.commands.rewards import rewards_text
+
+    typer.echo(rewards_text(names or []), nl=False)
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Folder that holds runs, at any depth.", metavar="[DIR]")] = Path(
+        "runs"
+    ),
+) -> None:
+    """List runs: reward, seed, steps, start, peak, end, verdict and state."""
+    from megatron_urlvr.commands.runs import print_runs
+
+    print_runs(folder)
+
+
+@app.command()
+def samples(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    step: Annotated[int | None, typer.Option(min=0, help="Step. Without it: the last that was kept.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Only prompts whose id or text contains this.")] = None,
+    sort: Annotated[
+        str, typer.Option(help="index, reward, length or correct; -reward for the highest first.")
+    ] = "index",
+    limit: Annotated[int, typer.Option(min=1, help="Most samples to print.")] = 50,
+) -> None:
+    """Print what the policy answered at a step."""
+    from megatron_urlvr.commands.samples import print_samples
+
+    print_samples(run, step=step, prompt=prompt, sort=sort, limit=limit)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, and what follows from it."""
+    from megatron_urlvr.doctor import examine
+
+    typer.echo(examine(), nl=False)
+
+
+def main() -> None:
+    """Entry point of `urlvr`: unusable input ends with its sentences and exit code 2, never with a traceback."""
+    try:
+        app()
+    except UnusableInput as error:
+        if os.environ.get("RANK", "0") == "0":  # under torchrun every rank finds the same
+            print(error, file=sys.stderr)
+        sys.exit(ExitCode.UNUSABLE_INPUT)
+
+
+if __name__ == "__main__":
+    main()

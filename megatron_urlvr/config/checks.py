@@ -1,0 +1,143 @@
+"""What a valid config may still be wrong about: the model, the tokenizer and the processes that it meets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from .data import JsonlSource
+from .root import Config
+
+
+def check(
+    config: Config,
+    *,
+    world_size: int,
+    hf_config: Mapping[str, Any],
+    tokenizer_size: int | None,
+    device: Literal["cpu", "cuda"],
+) -> list[str]:
+    """All that keeps this run from starting, a sentence each; empty when nothing does.
+
+    `world_size`: processes started. `hf_config`: the model's `config.json`. `tokenizer_size`: its number of entries,
+    added tokens included; None without a tokenizer. `device`: what `run.device` came to on this machine.
+    """
+    return [
+        *_device(config, device),
+        *_world(config, world_size),
+        *_shards(config, hf_config),
+        *_vocabulary(config, hf_config, tokenizer_size),
+        *_context(config, hf_config),
+        *_signals(config),
+    ]
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Data-parallel replicas of a config that `check` finds nothing wrong with."""
+    return world_size // (config.parallel.tp * config.parallel.pp)
+
+
+def _device(config: Config, device: str) -> Iterator[str]:
+    if config.run.device not in ("auto", device):
+        yield f"run.device = {config.run.device!r}, but this machine offers {device!r} alone; set run.device=auto."
+
+
+def _world(config: Config, world_size: int) -> Iterator[str]:
+    parallel, prompts = config.parallel, config.rollout.prompts
+    one = parallel.tp * parallel.pp
+    layout = f"parallel.tp = {parallel.tp} x parallel.pp = {parallel.pp}"
+    if world_size % one:
+        yield (
+            f"{layout} makes {one} processes a replica, which does not divide the {world_size} that were started: "
+            f"start a multiple of {one}, or change tp and pp."
+        )
+        return
+    replicas = world_size // one
+    if parallel.dp not in ("auto", replicas):
+        yield (
+            f"{layout} x parallel.dp = {parallel.dp} is {one * int(parallel.dp)} processes, but {world_size} were "
+            f"started: set parallel.dp={replicas} or auto, or start {one * int(parallel.dp)}."
+        )
+    if prompts % replicas:
+        yield (
+            f"rollout.prompts = {prompts} cannot be shared evenly by {replicas} data-parallel replicas: "
+            f"make it a multiple of {replicas}."
+        )
+    mini_batch = config.algorithm.mini_batch
+    if mini_batch is not None and mini_batch % replicas:
+        yield (
+            f"algorithm.mini_batch = {mini_batch} cannot be shared evenly by {replicas} data-parallel replicas: "
+            f"make it a multiple of {replicas} that divides rollout.prompts = {prompts}."
+        )
+
+
+def _shards(config: Config, hf_config: Mapping[str, Any]) -> Iterator[str]:
+    tp, pp = config.parallel.tp, config.parallel.pp
+    heads = hf_config.get("num_attention_heads")
+    for what, count in (
+        ("attention heads", heads),
+        ("key-value heads", hf_config.get("num_key_value_heads", heads)),
+        ("feed-forward channels", hf_config.get("intermediate_size")),
+    ):
+        if count is not None and count % tp:
+            yield _uneven("parallel.tp", tp, what, count, config)
+    layers = hf_config.get("num_hidden_layers")
+    if layers is not None and layers % pp:
+        yield _uneven("parallel.pp", pp, "layers", layers, config)
+
+
+def _uneven(setting: str, size: int, what: str, count: int, config: Config) -> str:
+    fits = [str(number) for number in range(1, count + 1) if count % number == 0][:8]
+    more = ", ..." if fits[-1] != str(count) else ""
+    return (
+        f"{setting} = {size} does not divide the {count} {what} of model.path = {config.model.path!r}: "
+        f"these sizes do: {', '.join(fits)}{more}."
+    )
+
+
+def _vocabulary(config: Config, hf_config: Mapping[str, Any], tokenizer_size: int | None) -> Iterator[str]:
+    width, path = hf_config.get("vocab_size"), config.model.path
+    if width is None:
+        return
+    if config.parallel.tp > width:
+        yield f"parallel.tp = {config.parallel.tp} exceeds the {width} vocabulary entries of model.path = {path!r}."
+    if tokenizer_size is not None and tokenizer_size > width:
+        yield (
+            f"model.path = {path!r}: its tokenizer has {tokenizer_size} entries, but its config.json says vocab_size = "
+            f"{width}: tokens from {width} on have no embedding. Use the tokenizer that the model was made with, or "
+            "resize the model's embeddings and save it again."
+        )
+
+
+def _context(config: Config, hf_config: Mapping[str, Any]) -> Iterator[str]:
+    context, prompt = hf_config.get("max_position_embeddings"), config.data.max_prompt_tokens
+    if context is None:
+        return
+    lengths = {"rollout.max_new_tokens": config.rollout.max_new_tokens}
+    for name, options in config.eval.sets.items():
+        if options.max_new_tokens is not None:
+            lengths[f"eval.sets.{name}.max_new_tokens"] = options.max_new_tokens
+    for setting, length in lengths.items():
+        if prompt + length > context:
+            yield (
+                f"data.max_prompt_tokens = {prompt} and {setting} = {length} add up to {prompt + length}, more than "
+                f"the {context} positions of model.path = {config.model.path!r}: lower one of the two."
+            )
+
+
+def _signals(config: Config) -> Iterator[str]:
+    # Late: rewards depend on torch and on this package.
+    from megatron_urlvr.rewards import build_terms, missing_signals
+    from megatron_urlvr.rewards.base import ANSWER, LABEL
+    from megatron_urlvr.types import STATISTICS
+
+    terms = build_terms(config.reward, advantage=config.algorithm.advantage, seed=config.run.seed)
+    for sentence in missing_signals(terms, STATISTICS | {ANSWER, LABEL}):
+        yield f"{sentence}."
+    source = config.data.train
+    if terms.supervised and isinstance(source, JsonlSource) and source.label_field is None:
+        supervised = ", ".join(sorted(term.reward.name for term in terms.terms if term.reward.supervised))
+        yield (
+            f"data.train.label_field = null, but the reward {supervised} reads labels: name the key that holds them, "
+            "or choose a reward that needs none."
+        )

@@ -1,0 +1,115 @@
+"""What a config is told about the model, the tokenizer and the processes it meets, before anything starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_urlvr.config.checks import check, data_parallel_size
+from megatron_urlvr.config.loader import load_config
+from megatron_urlvr.rewards import get_reward
+
+HF = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 6,
+    "intermediate_size": 256,
+    "vocab_size": 100,
+    "max_position_embeddings": 2048,
+}
+
+
+@pytest.fixture
+def found(write):
+    def _found(*overrides: str, hf: dict[str, Any] | None = None, world: int = 1, size: int | None = 90, device="cpu"):
+        config = load_config(write(), overrides)
+        return check(config, world_size=world, hf_config={**HF, **(hf or {})}, tokenizer_size=size, device=device)
+
+    return _found
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides"),
+    [(1, []), (8, []), (4, ["parallel.tp=2", "parallel.pp=2"]), (6, ["parallel.pp=3", "parallel.dp=2"])],
+)
+def test_a_layout_that_fits_is_not_complained_about(found, world, overrides):
+    assert found(*overrides, world=world) == []
+
+
+def test_all_that_is_wrong_is_listed_together(found):
+    sentences = found(
+        "parallel.tp=4",
+        "parallel.pp=4",
+        "data.max_prompt_tokens=2040",
+        "run.device=cuda",
+        world=10,
+        size=101,
+    )
+    assert len(sentences) == 6
+    assert all(sentence.endswith(".") for sentence in sentences)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "said"),
+    [
+        (
+            ["parallel.tp=2"],
+            3,
+            "parallel.tp = 2 x parallel.pp = 1 makes 2 processes a replica, which does not divide the 3",
+        ),
+        (["parallel.dp=2"], 1, "x parallel.dp = 2 is 2 processes, but 1 were started: set parallel.dp=1 or auto"),
+        (["parallel.dp=2", "parallel.tp=2"], 8, "is 4 processes, but 8 were started: set parallel.dp=4 or auto"),
+        ([], 3, "rollout.prompts = 8 cannot be shared evenly by 3 data-parallel replicas: make it a multiple of 3"),
+        (["algorithm.mini_batch=2"], 4, "algorithm.mini_batch = 2 cannot be shared evenly by 4 data-parallel replicas"),
+        (["parallel.tp=4"], 4, "parallel.tp = 4 does not divide the 2 key-value heads of model.path = 'bases/small'"),
+        (["parallel.pp=4"], 4, "parallel.pp = 4 does not divide the 6 layers of model.path = 'bases/small': "),
+        (["parallel.pp=4"], 4, "these sizes do: 1, 2, 3, 6."),
+        (
+            ["rollout.max_new_tokens=1025"],
+            1,
+            "= 1024 and rollout.max_new_tokens = 1025 add up to 2049, more than the 2048",
+        ),
+        (
+            ["eval.sets.h={task: chain_sum, size: 4, max_new_tokens: 2000}"],
+            1,
+            "eval.sets.h.max_new_tokens = 2000 add up to 3024",
+        ),
+        (["run.device=cuda"], 1, "run.device = 'cuda', but this machine offers 'cpu' alone"),
+    ],
+)
+def test_each_thing_that_does_not_fit_is_named_with_what_would(found, overrides, world, said):
+    (sentence,) = found(*overrides, world=world)
+    assert said in sentence
+
+
+def test_without_key_value_heads_in_the_model_its_attention_heads_count(write):
+    config = load_config(write(), ["parallel.tp=8"])
+    hf = {key: value for key, value in HF.items() if key != "num_key_value_heads"}
+    assert check(config, world_size=8, hf_config=hf, tokenizer_size=90, device="cpu") == []
+
+
+@pytest.mark.parametrize(("size", "wrong"), [(None, 0), (100, 0), (101, 1)])
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(found, size, wrong):
+    sentences = found(size=size)
+    assert len(sentences) == wrong
+    assert all("tokenizer has 101 entries, but its config.json says vocab_size = 100" in item for item in sentences)
+
+
+def test_a_supervised_reward_needs_labels_in_the_data(found):
+    reward = "reward.terms.main.name=ground_truth"
+    assert found(reward) == []
+    assert found(reward, "data.train={path: t.jsonl}") == []
+    (sentence,) = found(reward, "data.train={path: t.jsonl, label_field: null}")
+    assert sentence.startswith("data.train.label_field = null, but the reward ground_truth reads labels")
+
+
+def test_a_reward_whose_signal_nothing_provides_is_refused(found, monkeypatch):
+    monkeypatch.setattr(get_reward("majority_vote"), "needs", frozenset({"judge"}))
+    (sentence,) = found("reward.terms.main.name=majority_vote")
+    assert "'majority_vote' (reward.terms.main) needs the signal 'judge', which nothing in this run" in sentence
+
+
+def test_the_number_of_replicas_follows_from_the_processes(write):
+    config = load_config(write(), ["parallel.tp=2", "parallel.pp=2"])
+    assert data_parallel_size(config, 8) == 2
