@@ -9,6 +9,7 @@ from .base import Section
 
 class LossSection(Section):
     name: Literal["ppo_clip"] = "ppo_clip"
+    """The policy-gradient loss: PPO's clipped ratio."""
     clip_low: float = Field(default=0.2, ge=0, lt=1)
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = Field(default=0.2, ge=0)
@@ -38,7 +39,9 @@ class AlgorithmSection(Section):
     epochs: int = Field(default=1, ge=1)
     """Passes over a step's samples."""
     loss: LossSection = LossSection()
+    """The policy-gradient loss."""
     kl: KLSection = KLSection()
+    """The penalty for leaving a reference."""
 
     @field_validator("advantage")
     @classmethod

@@ -120,6 +120,7 @@ class JsonlSource(Section):
     system: str | None = None
     """System message under `template: chat`."""
     grading: GradingSection = GradingSection()
+    """How answers are read and compared."""
     limit: int | None = Field(default=None, ge=1)
     """Use the first `limit` rows."""
 

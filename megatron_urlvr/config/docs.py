@@ -1,9 +1,15 @@
-"""The documented schema: every setting with its default, what it may be and what it means, from the models alone."""
+"""The documented schema: every setting with its default, what it may be and what it means, from the models alone.
+
+`python -m megatron_urlvr.config.docs docs/config.md` writes it between the markers of that page.
+"""
 
 from __future__ import annotations
 
+import re
+import sys
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -11,20 +17,38 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from .base import Section
+from .pretrain import PretrainConfig
+from .root import Config
 from .schema import describe, entry_annotation, model_at, tagged_models
+from .study import StudyConfig
 
 WIDTH = 118
+KINDS: dict[str, type[Section]] = {"train": Config, "pretrain": PretrainConfig, "study": StudyConfig}
 
 
-def documented_yaml(model: type[Section]) -> str:
-    """All settings of `model` as commented YAML, then the options of every reward and the settings of every task where
-    the model has such. `...` stands where a value must be given."""
+def documented_yaml(model: type[Section], *, open_sections: bool = True) -> str:
+    """All settings of `model` as commented YAML. `...` stands where a value must be given.
+
+    `open_sections`: then also the options of every reward and the settings of every task that is installed.
+    """
     lines = [*_section(model, 0)]
-    for title, models in _open_sections(model):
+    for title, models in _open_sections(model) if open_sections else ():
         for name, options in models.items():
             if options.model_fields:
                 lines += ["", f"# {title} {name}", *_section(options, 0)]
     return "\n".join(lines) + "\n"
+
+
+def write_reference(page: str) -> str:
+    """`page` with the settings of each kind of config written anew between its markers, such as `<!-- train -->` and
+    `<!-- /train -->`. ValueError where a marker is missing."""
+    for kind, model in KINDS.items():
+        block = f"<!-- {kind} -->\n```yaml\n{documented_yaml(model, open_sections=False)}```\n<!-- /{kind} -->"
+        places = re.split(f"<!-- {kind} -->.*<!-- /{kind} -->", page, flags=re.DOTALL)
+        if len(places) != 2:
+            raise ValueError(f"the page has {len(places) - 1} places for the settings of {kind}; it needs one")
+        page = block.join(places)
+    return page
 
 
 def _section(model: type[BaseModel], depth: int) -> Iterator[str]:
@@ -85,3 +109,8 @@ def _open_sections(model: type[Section]) -> Iterator[tuple[str, dict[str, type[B
         )
     if "data" in model.model_fields:
         yield "settings of the task", {name: tasks.task_class(name).Settings for name in tasks.available()}
+
+
+if __name__ == "__main__":
+    _page = Path(sys.argv[1])
+    _page.write_text(write_reference(_page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -14,7 +14,9 @@ class EvalOptions(Section):
     pass_k: list[int] = Field(default_factory=list)
     """Which pass@k to report; each k must be below `samples`."""
     temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens that holds this much probability; 1 is all of them."""
     greedy: bool = True
     """Also decode each prompt once at temperature 0."""
     max_new_tokens: int | None = Field(default=None, ge=1)

@@ -7,6 +7,7 @@ from .base import Section
 
 class MonitorSection(Section):
     tensorboard: bool = True
+    """Write event files for TensorBoard to `tensorboard/` in the run's folder."""
     wandb: bool = False
     """Log to Weights & Biases too (extra `[wandb]`)."""
     probes: int = Field(default=4, ge=0)

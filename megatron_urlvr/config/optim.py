@@ -11,14 +11,19 @@ class OptimSection(Section):
     lr: float = Field(gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """What follows the warm-up: `constant`, or down to `min_lr` at the last step."""
     warmup_steps: int = Field(default=0, ge=0)
     """Linear warm-up from 0, in optimizer steps."""
     min_lr: float = Field(default=0.0, ge=0)
     """Floor of cosine and linear."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's first moment."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of AdamW's second moment."""
     eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of AdamW's second moment."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Global gradient norm; 0 does not clip."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)

@@ -17,16 +17,27 @@ class Config(Section):
     """One training run. `urlvr train FILE [key=value ...]` reads it from YAML."""
 
     run: RunSection
+    """What this run is called, where it lives, how long it goes on."""
     model: ModelSection
+    """The policy's starting weights and numerics."""
     data: DataSection
+    """Where prompts and labels come from."""
     eval: EvalSection = EvalSection()
+    """Held-out sets and how they are sampled."""
     rollout: RolloutSection
+    """How responses are sampled."""
     reward: RewardSection
+    """The terms whose weighted sum is the proxy reward."""
     algorithm: AlgorithmSection = AlgorithmSection()
+    """From rewards to a loss."""
     optim: OptimSection
+    """The optimizer and its schedule."""
     parallel: ParallelSection = ParallelSection()
+    """How the policy is laid out over processes."""
     checkpoint: CheckpointSection = CheckpointSection()
+    """What is saved to continue from."""
     monitor: MonitorSection = MonitorSection()
+    """What a run writes while it goes on."""
 
     @rule("algorithm.mini_batch", "rollout.prompts")
     def _mini_batch(self) -> str | None:

@@ -167,6 +167,30 @@ def test_a_snapshot_is_taken_in_one_way(write, snapshot, said, violations):
     assert said in sentence
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.heads=3", "model.kv_heads=3"], "heads = 3 does not divide hidden = 64"),
+        (["model={hidden: 12, heads: 4, kv_heads: 4}"], "makes heads 3 wide"),
+        (["model.kv_heads=3"], "kv_heads = 3 does not divide heads = 4"),
+        (["run.steps=5"], "snapshots early: their step is after the last one, run.steps = 5"),
+        (["snapshots.early=null"], "snapshots is empty"),
+    ],
+)
+def test_a_base_policy_that_cannot_be_made_is_refused(write, violations, overrides, said):
+    path = write(
+        """
+        run: {name: b, dir: bases/b, seed: 0, steps: 9}
+        data: {task: chain_sum, max_new_tokens: 16}
+        optim: {lr: 1e-3}
+        snapshots: {early: {step: 6}}
+        """,
+        "pretrain.yaml",
+    )
+    (sentence,) = violations(path, overrides, PretrainConfig)
+    assert said in sentence
+
+
 def test_assignment_is_validated_like_a_file(write):
     config = load_config(write())
     with pytest.raises(ValueError):
