@@ -89,8 +89,8 @@ class Group:
     classes: list[int | None] = field(default_factory=list)
     """Equivalence class of each sample's answer (the index of its first member); None where nothing was parsed."""
     signals: dict[str, torch.Tensor] = field(default_factory=dict)
-    """What providers computed for this group, `[n]` float32 each, by signal name (`judge`, ...). `correct` is there only
-    when a supervised reward asked for labels."""
+    """What providers computed for this group, `[n]` float32 each, by signal name (`judge`, ...). `correct` is there
+    only when a supervised reward asked for labels."""
 
     def __len__(self) -> int:
         return len(self.samples)

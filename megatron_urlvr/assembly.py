@@ -1,0 +1,191 @@
+"""From a config to the parts of a run: policy, engine, data, rewards. Everything is checked before step 0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .algorithms.advantages import Advantage, get_advantage
+from .algorithms.losses import PolicyLoss, build_loss
+from .config.checks import check
+from .config.errors import ConfigError
+from .config.eval import EvalSet
+from .config.root import Config
+from .data.labels import LabelStore
+from .data.sources import PromptSet, load_source
+from .data.stream import PromptStream
+from .data.tokenizer import load_tokenizer, stop_ids
+from .layout import Layout
+from .policy.hf.folder import read_config
+from .policy.policy import Policy
+from .rewards.base import ANSWER, LABEL
+from .rewards.combine import Combined, build_terms, missing_signals
+from .rollout.embedded import EmbeddedEngine
+from .rollout.engine import RolloutEngine
+from .rollout.replay import ReplayEngine
+from .types import STATISTICS, Group, Prompt
+
+
+@dataclass
+class HeldOut:
+    """One evaluation set."""
+
+    spec: EvalSet
+    prompts: PromptSet
+
+
+@dataclass
+class Parts:
+    """What a run is made of, on this rank."""
+
+    layout: Layout
+    tokenizer: PreTrainedTokenizerBase
+    labels: LabelStore
+    train: PromptSet
+    stream: PromptStream
+    held_out: dict[str, HeldOut]
+    policy: Policy
+    engine: RolloutEngine | None
+    """On replica leaders; None elsewhere."""
+    reward: Combined
+    advantage: Advantage
+    loss: PolicyLoss
+
+    def grader_of(self, prompt: Prompt) -> Any:
+        """The grader of the set that a prompt belongs to."""
+        name = prompt.id.split("/", 1)[0]
+        return self.held_out[name].prompts.grader if name in self.held_out else self.train.grader
+
+    def correctness(self, group: Group, *, use: str) -> torch.Tensor | None:
+        """`[n]` bool: which answers are right. None when the prompt has no label. Each call is a counted use."""
+        label = self.labels.get(group.prompt.id, use=use)
+        if label is None:
+            return None
+        grader = self.grader_of(group.prompt)
+        return torch.tensor([grader.correct(sample.answer, label) for sample in group.samples], dtype=torch.bool)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the data, for provenance."""
+        return {"data/train": self.train.fingerprint} | {
+            f"data/{name}": held.prompts.fingerprint for name, held in self.held_out.items()
+        }
+
+    def close(self) -> None:
+        """Release engine and grader processes."""
+        for grader in {
+            id(g): g for g in [self.train.grader, *(h.prompts.grader for h in self.held_out.values())]
+        }.values():
+            grader.close()
+        if self.engine is not None:
+            self.engine.close()
+
+
+def preflight(config: Config, *, world_size: int) -> None:
+    """Refuse what cannot work before processes meet and weights are read. ConfigError lists every problem."""
+    hf = read_config(config.model.path)
+    tokenizer = load_tokenizer(config.model.path)
+    problems = check(
+        config, world_size=world_size, hf_config=hf, tokenizer_size=len(tokenizer), device=config.run.device
+    )
+    reward = _reward(config)
+    problems += missing_signals(reward, STATISTICS | {ANSWER, LABEL})
+    if problems:
+        raise ConfigError(problems)
+
+
+def _reward(config: Config) -> Combined:
+    return build_terms(
+        config.reward,
+        advantage=config.algorithm.advantage,
+        seed=config.run.seed,
+        kl_in_reward=config.algorithm.kl.coef > 0 and config.algorithm.kl.place == "reward",
+    )
+
+
+def build(config: Config, layout: Layout) -> Parts:
+    """All parts of a training run. UnusableInput for whatever the user must change."""
+    preflight(config, world_size=layout.world_size)
+    tokenizer = load_tokenizer(config.model.path)
+    labels = LabelStore()
+    limits: dict[str, Any] = {"max_prompt_tokens": config.data.max_prompt_tokens, "overlong": config.data.overlong}
+    train = load_source(
+        config.data.train,
+        name="train",
+        tokenizer=tokenizer,
+        labels=labels,
+        split="train",
+        seed=config.run.seed,
+        **limits,
+    )
+    held_out = {
+        name: HeldOut(
+            spec,
+            load_source(spec, name=name, tokenizer=tokenizer, labels=labels, split="held_out", seed=0, **limits),
+        )
+        for name, spec in config.eval.sets.items()
+    }
+    kl = config.algorithm.kl
+    policy = Policy(
+        config.model,
+        config.parallel,
+        layout,
+        optim=None if config.run.rollout_only else config.optim,
+        temperature=config.rollout.temperature,
+        real_vocab=_real_vocab(config, tokenizer),
+        keep_reference=config.eval.every > 0 or (kl.coef > 0 and kl.reference == "start"),
+    )
+    return Parts(
+        layout=layout,
+        tokenizer=tokenizer,
+        labels=labels,
+        train=train,
+        stream=PromptStream(train.prompts, seed=config.run.seed, shuffle=config.data.shuffle),
+        held_out=held_out,
+        policy=policy,
+        engine=build_engine(config, policy, tokenizer) if layout.is_leader else None,
+        reward=_reward(config),
+        advantage=get_advantage(config.algorithm.advantage),
+        loss=build_loss(config.algorithm.loss, kl),
+    )
+
+
+def _real_vocab(config: Config, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Entries that count under `model.vocab`; None leaves it to the model's config."""
+    return len(tokenizer) if config.model.vocab == "tokenizer" else None
+
+
+def build_engine(config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> RolloutEngine:
+    """The engine of `rollout.engine`, on a replica's leader."""
+    if config.rollout.engine == "replay":
+        return ReplayEngine(config.rollout.replay_from or "")
+    return embedded_engine(
+        config.model.path,
+        policy,
+        tokenizer,
+        max_batch=config.rollout.batch,
+        vocab_size=_real_vocab(config, tokenizer),
+    )
+
+
+def embedded_engine(
+    folder: str | Path,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_batch: int,
+    vocab_size: int | None = None,
+) -> EmbeddedEngine:
+    """A transformers model of the policy's shape; it holds random weights until the first update."""
+    return EmbeddedEngine(
+        folder=str(folder),
+        decode=lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=True),
+        stop_ids=stop_ids(tokenizer, folder),
+        device=policy.layout.device,
+        dtype=policy.dtype,
+        vocab_size=vocab_size or int(policy.hf["vocab_size"]),
+        max_batch=max_batch,
+    )

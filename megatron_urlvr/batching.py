@@ -1,0 +1,115 @@
+"""From groups to what the policy is given: scored tokens, advantages, rows and mini-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from .algorithms.kl import k3, reward_penalty
+from .algorithms.losses import token_weights
+from .assembly import Parts
+from .config.root import Config
+from .layout import Layout
+from .monitor.audit import Sums
+from .policy.batch import Row
+from .types import STATISTICS, Group, Sample
+
+
+def updates_per_step(config: Config) -> int:
+    """Optimizer steps taken on one step's rollouts."""
+    per_epoch = -(-config.rollout.prompts // (config.algorithm.mini_batch or config.rollout.prompts))
+    return per_epoch * config.algorithm.epochs
+
+
+def score_groups(config: Config, parts: Parts, groups: Sequence[Group]) -> None:
+    """Give every sample the statistics that the rewards need; no forward at all when none is needed."""
+    wanted = parts.reward.needs & STATISTICS
+    if not wanted:
+        return
+    samples = [(group, sample) for group in groups for sample in group.samples]
+    rows = [Row(group.prompt.tokens, sample.tokens) for group, sample in samples]
+    temperature = config.reward.temperature
+    found = parts.policy.score(rows, wanted, temperature=None if temperature == "rollout" else temperature)
+    for (_, sample), stats in zip(samples, found, strict=True):
+        sample.stats = stats
+
+
+def training_rows(
+    config: Config, parts: Parts, groups: Sequence[Group], rewards: Sequence[torch.Tensor]
+) -> list[list[Row]]:
+    """The rows of each group's trained samples, with their advantages.
+
+    `rewards`: `[n_votes]` for each group. Log-probs of the behaviour policy are attached only when the rollouts serve
+    more than one optimizer step; strictly on-policy, the update's own forward gives them.
+    """
+    count, kl = config.rollout.trained, config.algorithm.kl
+    rows = [[Row(group.prompt.tokens, sample.tokens) for sample in group.samples[:count]] for group in groups]
+    flat = [row for members in rows for row in members]
+    samples = [sample for group in groups for sample in group.samples[:count]]
+    kept = torch.stack([reward[:count] for reward in rewards]) if groups else torch.zeros(0, count)
+    reference = []
+    if kl.coef > 0:
+        found = parts.policy.score(flat, frozenset({"logp"}), "ema" if kl.reference == "ema" else "reference")
+        reference = [stats.get("logp") for stats in found]
+        if kl.place == "reward":
+            penalty = reward_penalty([behaviour_logp(sample) for sample in samples], reference, kl.estimator)
+            kept = kept - kl.coef * penalty.view(kept.shape)
+    if updates_per_step(config) > 1:
+        for row, stats in zip(flat, parts.policy.score(flat, frozenset({"logp"})), strict=True):
+            row.old_logp = stats.get("logp")
+    advantages = parts.advantage(kept).reshape(-1).tolist() if groups else []
+    for i, row in enumerate(flat):
+        row.advantage = advantages[i]
+        if reference and parts.loss.needs_reference:
+            row.ref_logp = reference[i]
+    return rows
+
+
+def behaviour_logp(sample: Sample) -> torch.Tensor:
+    """`[T]` float32 log-probs as sampled, from the engine; ValueError when it gave none."""
+    if sample.logp is None:
+        raise ValueError(f"sample {sample.index} of prompt {sample.prompt_id!r} came without log-probs from the engine")
+    return sample.logp
+
+
+def mini_batches(config: Config, layout: Layout, groups: Sequence[Sequence[Row]]) -> Iterator[list[Row]]:
+    """This replica's rows of each mini-batch, in order, epoch after epoch, weighted for the global loss.
+
+    The totals behind the weights are summed over replicas before the mini-batch's first forward.
+    """
+    per_replica = (config.algorithm.mini_batch or config.rollout.prompts) // layout.dp
+    for _ in range(config.algorithm.epochs):
+        for start in range(0, len(groups), max(per_replica, 1)):
+            rows = [row for members in groups[start : start + per_replica] for row in members]
+            weigh(rows, config, layout)
+            yield rows
+
+
+def weigh(rows: Sequence[Row], config: Config, layout: Layout) -> None:
+    """Set every row's token weights under `algorithm.loss.aggregation`."""
+    lengths = torch.tensor([len(row.response) for row in rows], dtype=torch.int64)
+    totals = torch.tensor([int(lengths.sum()), len(rows)])
+    if layout.dp > 1:
+        if not layout.is_leader:
+            totals.zero_()
+        dist.all_reduce(totals, group=layout.control)
+    weights = token_weights(
+        lengths,
+        config.algorithm.loss.aggregation,
+        total_tokens=int(totals[0]),
+        total_sequences=int(totals[1]),
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
+    for row, part in zip(rows, weights.split(lengths.tolist()), strict=True):
+        row.weight = part
+
+
+def divergence_from_start(parts: Parts, groups: Sequence[Group]) -> Sums:
+    """Sums of `kl/start`: the k3 estimate of KL(policy || start) per token, over this step's samples. One forward."""
+    rows = [Row(group.prompt.tokens, sample.tokens) for group in groups for sample in group.samples]
+    start = parts.policy.score(rows, frozenset({"logp"}), "reference")
+    now = [behaviour_logp(sample) for group in groups for sample in group.samples]
+    each = [k3(a, stats.get("logp")) for a, stats in zip(now, start, strict=True)]
+    return {"kl/start": (float(sum(x.double().sum() for x in each)), float(sum(len(x) for x in each)))}

@@ -1,0 +1,62 @@
+"""What ranks hand to each other around the policy: prompts to replicas, groups within one, sums between them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .layout import Layout, broadcast_json, gather_json
+from .monitor.audit import Sums, merge
+from .rollout.records import group_from_record, group_to_record
+from .types import Group
+
+T = TypeVar("T")
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from what it is for: `derive_seed(run_seed, "train", step)`."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def my_share(items: Sequence[T], layout: Layout) -> list[T]:
+    """This replica's contiguous part of `items`; sizes differ by one at most."""
+    bounds = [len(items) * k // layout.dp for k in (layout.dp_rank, layout.dp_rank + 1)]
+    return list(items[bounds[0] : bounds[1]])
+
+
+def share_groups(groups: Sequence[Group] | None, layout: Layout) -> list[Group]:
+    """The leader's groups, on every rank of its replica, bit for bit. Other ranks pass None."""
+    if len(layout.replica_ranks) == 1:
+        assert groups is not None
+        return list(groups)
+    records = None if groups is None else [group_to_record(group) for group in groups]
+    received = broadcast_json(records, source=layout.replica_ranks[0], group=layout.replica)
+    return list(groups) if groups is not None else [group_from_record(record) for record in received]
+
+
+def gather_from_leaders(value: Any, layout: Layout) -> list[Any]:
+    """Every replica's JSON-able value, in replica order, on every rank."""
+    if layout.world_size == 1:
+        return [value]
+    everyone = gather_json(value if layout.is_leader else None, layout.control)
+    return [everyone[rank] for rank in layout.leaders]
+
+
+def merge_sums(sums: Sums, layout: Layout) -> Sums:
+    """Metric sums over all replicas; see `monitor.audit`."""
+    parts: list[Mapping[str, tuple[float, float]]] = gather_from_leaders(sums, layout)
+    return merge(parts)
+
+
+def any_rank(flag: bool, layout: Layout) -> bool:
+    """Whether any rank raised its flag."""
+    if layout.world_size == 1:
+        return flag
+    value = torch.tensor(int(flag))
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=layout.control)
+    return bool(value)

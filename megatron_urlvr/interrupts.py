@@ -1,0 +1,36 @@
+"""Signals that end a run so that it can be resumed: SIGTERM, SIGUSR1 (schedulers) and Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Preempted(Exception):  # noqa: N818 - not an error: the run goes on another time
+    """A signal arrived; the step in progress is given up."""
+
+
+class Interrupts:
+    """Remembers the first signal; the loop asks at safe points. A second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[Interrupts]:
+        """Handle the signals while the block runs, and restore the handlers before."""
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name

@@ -1,0 +1,175 @@
+"""The parallel layout: process groups of one trainer, and this rank's place in them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .config.parallel import ParallelSection
+from .policy import cpu
+
+CONTROL_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes and ranks of this process, and the gloo groups that ranks meet on outside the model.
+
+    A *replica* is the set of tp x pp ranks that hold one copy of the policy. Its *leader* (tp rank 0 of the first
+    pipeline stage) speaks with engines.
+    """
+
+    device: torch.device
+    world_size: int
+    rank: int
+    tp: int
+    tp_rank: int
+    pp: int
+    pp_rank: int
+    dp: int
+    dp_rank: int
+    control: Any
+    """gloo group of all ranks."""
+    replica: Any
+    """gloo group of this replica's ranks."""
+    replica_ranks: tuple[int, ...]
+    """Global ranks of this replica."""
+    leaders: tuple[int, ...]
+    """Global ranks of all replicas' leaders, by dp rank."""
+    pipeline: Any
+    """Group of this rank's pipeline (one rank a stage); the backend of the model."""
+    pipeline_ranks: tuple[int, ...]
+    tensor: Any
+    """Tensor-parallel group."""
+
+    @property
+    def is_leader(self) -> bool:
+        """First rank of its replica."""
+        return self.rank == self.replica_ranks[0]
+
+    @property
+    def is_main(self) -> bool:
+        """Global rank 0, the control plane."""
+        return self.rank == 0
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank, in this replica and tensor-parallel position, of the last pipeline stage."""
+        return self.pipeline_ranks[-1]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def world_size_from_environment() -> int:
+    """World size as torchrun or srun announces it; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto` is CUDA when a device is there. RuntimeError when CUDA is asked for and missing."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("run.device = cuda, but torch sees no CUDA device; allowed here: auto, cpu")
+    if wanted == "cpu" and torch.cuda.is_available():
+        raise RuntimeError("run.device = cpu on a machine with CUDA: hide the devices with CUDA_VISIBLE_DEVICES= first")
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def start(parallel: ParallelSection, *, device: str = "auto", seed: int = 0) -> Layout:
+    """Join the process group, set up Megatron's groups and seed the model-parallel random tracker.
+
+    May be called again in one process with other sizes (tests do); the groups are rebuilt.
+    """
+    cpu.install()
+    from megatron.core import parallel_state as mpu
+    from megatron.core import tensor_parallel
+
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if not dist.is_initialized():
+        defaults = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in defaults.items():
+            os.environ.setdefault(name, value)
+        if "MASTER_PORT" not in os.environ:
+            os.environ["MASTER_PORT"] = str(_free_port())
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    mpu.destroy_model_parallel()
+    mpu.initialize_model_parallel(parallel.tp, parallel.pp)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return _describe(mpu, chosen)
+
+
+def _describe(mpu: Any, device: torch.device) -> Layout:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    tp, pp = mpu.get_tensor_model_parallel_world_size(), mpu.get_pipeline_model_parallel_world_size()
+    dp = mpu.get_data_parallel_world_size()
+    place = (mpu.get_data_parallel_rank(), mpu.get_pipeline_model_parallel_rank(), mpu.get_tensor_model_parallel_rank())
+    places: list[Any] = [None] * world
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    table = torch.zeros(world, 3, dtype=torch.int64)
+    table[rank] = torch.tensor(place)
+    dist.all_reduce(table, group=control)
+    places = [tuple(row) for row in table.tolist()]
+    replica_of = [tuple(sorted((r for r in range(world) if places[r][0] == d), key=lambda r: places[r][1:]))
+                  for d in range(dp)]  # fmt: skip
+    # Every rank takes part in the creation of every group, in the same order.
+    groups = [dist.new_group(list(ranks), backend="gloo", timeout=CONTROL_TIMEOUT) for ranks in replica_of]
+    return Layout(
+        device=device,
+        world_size=world,
+        rank=rank,
+        tp=tp,
+        tp_rank=place[2],
+        pp=pp,
+        pp_rank=place[1],
+        dp=dp,
+        dp_rank=place[0],
+        control=control,
+        replica=groups[place[0]],
+        replica_ranks=replica_of[place[0]],
+        leaders=tuple(ranks[0] for ranks in replica_of),
+        pipeline=mpu.get_pipeline_model_parallel_group(),
+        pipeline_ranks=tuple(dist.get_process_group_ranks(mpu.get_pipeline_model_parallel_group())),
+        tensor=mpu.get_tensor_model_parallel_group(),
+    )
+
+
+def broadcast_json(value: Any, *, source: int, group: Any) -> Any:
+    """Hand a JSON-able value from global rank `source` to all of `group` (gloo); returns it on every rank."""
+    mine = dist.get_rank() == source
+    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8) if mine else None
+    length = torch.tensor([0 if payload is None else len(payload)])
+    dist.broadcast(length, source, group=group)
+    if payload is None:
+        payload = torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(payload, source, group=group)
+    return value if mine else json.loads(payload.numpy().tobytes())
+
+
+def gather_json(value: Any, group: Any) -> list[Any]:
+    """Every rank's JSON-able value, in rank order, on every rank of `group` (gloo)."""
+    size = dist.get_world_size(group)
+    if size == 1:
+        return [value]
+    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
+    dist.all_gather(lengths, torch.tensor([len(payload)]), group=group)
+    longest = int(max(lengths))
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: len(payload)] = payload
+    parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(size)]
+    dist.all_gather(parts, padded, group=group)
+    return [json.loads(part[: int(n)].numpy().tobytes()) for part, n in zip(parts, lengths, strict=True)]

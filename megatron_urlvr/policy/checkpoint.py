@@ -1,0 +1,332 @@
+"""Checkpoints: Megatron's distributed format for weights and optimizer, JSON for the trainer's own state.
+
+A checkpoint is written under a temporary name, gets a manifest of its files, and is renamed last: a folder called
+`step_000050` is whole or was damaged later, and damage is noticed before anything is read from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickletools
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from safetensors.torch import load_file, save_file
+
+from ..layout import broadcast_json, gather_json
+from .optimizer import PolicyOptimizer
+from .policy import Policy
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TRAINER = "trainer.json"
+HASHED_BELOW = 64 << 20
+"""Files up to this size are verified by SHA-256, larger ones by size."""
+_NAME = re.compile(r"step_(\d{6,})")
+
+# Modules whose classes torch's checkpoint index may name. It is a pickle: anything else in it is refused unread.
+_INDEX_MODULES = (
+    "torch.distributed.checkpoint.",
+    "torch.distributed._shard.",
+    "torch",
+    "torch._utils",
+    "torch.serialization",
+    "collections",
+    "pathlib",
+    "megatron.core.dist_checkpointing.",
+)
+_INDEX_BUILTINS = {"set", "frozenset", "bytearray", "slice", "complex", "range", "getattr"}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or is damaged, foreign or unsafe to read."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step`."""
+    return f"step_{step:06d}"
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every checkpoint in `folder`, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    return sorted(found, reverse=True)
+
+
+def save(policy: Policy, folder: Path, step: int, trainer: dict[str, Any], *, keep: int) -> Path:
+    """Write the checkpoint after `step` and drop all but the newest `keep`. Collective.
+
+    Raises CheckpointError on every rank when any rank failed to write; older checkpoints are then untouched.
+    """
+    layout = policy.layout
+    final, temporary = folder / checkpoint_name(step), folder / f".{checkpoint_name(step)}.writing"
+    problem = ""
+    if layout.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            problem = str(error)
+    problem = _agree(policy, problem)
+    if not problem:
+        try:
+            dist_checkpointing.save(_sharded_state(policy), str(temporary), content_metadata=_metadata(policy))
+            _save_rng(temporary, layout.rank)
+        except Exception as error:  # the writer's processes report every kind of error; all of them mean "not saved"
+            problem = f"{type(error).__name__}: {error}"
+    problem = _agree(policy, problem)
+    if not problem and layout.is_main:
+        try:
+            (temporary / TRAINER).write_text(json.dumps(trainer))
+            _write_manifest(temporary, policy, step)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            for _, old in list_checkpoints(folder)[keep:]:
+                shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            problem = str(error)
+    problem = _agree(policy, problem)
+    if problem:
+        if layout.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"could not write checkpoint {final}: {problem}; checkpoints written before it are intact"
+        )
+    return final
+
+
+def load(policy: Policy, path: Path) -> dict[str, Any]:
+    """Restore weights, optimizer, EMA and random state from `path`; returns the trainer's own state. Collective.
+
+    Raises CheckpointError, before anything is changed, when the checkpoint is damaged, foreign or unsafe.
+    """
+    layout = policy.layout
+    problem = verify(path, _fingerprint(policy)) if layout.is_main else ""
+    if problem := _agree(policy, problem):
+        raise CheckpointError(problem)
+    if policy.optimizer is not None:
+        _prepare_for_load(policy.optimizer)
+    state = _sharded_state(policy, loading=True)
+    loaded = dist_checkpointing.load(state, str(path))
+    policy.model.load_state_dict(loaded["model"])
+    if policy.optimizer is not None:
+        policy.optimizer.megatron.load_state_dict(loaded["optimizer"])
+        _restore_steps(policy.optimizer)
+    if policy.ema is not None:
+        for name, tensor in loaded["ema"].items():
+            if name in policy.ema.tensors:
+                policy.ema.tensors[name].copy_(tensor)
+    _load_rng(path, layout.rank)
+    trainer: dict[str, Any] = json.loads((path / TRAINER).read_text())
+    return trainer
+
+
+def newest_intact(policy: Policy, folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and a sentence for each newer one that does not. Same on every rank."""
+    found: list[Any] = [None, []]
+    if policy.layout.is_main:
+        for _, path in list_checkpoints(folder):
+            problem = verify(path, _fingerprint(policy))
+            if not problem:
+                found[0] = str(path)
+                break
+            found[1].append(problem)
+    chosen, problems = broadcast_json(found, source=0, group=policy.layout.control)
+    return (None if chosen is None else Path(chosen)), problems
+
+
+# -- integrity --------------------------------------------------------------------------------------------------------
+
+
+def verify(path: Path, fingerprint: dict[str, Any]) -> str:
+    """A sentence that says what is wrong with a checkpoint; empty when it is whole and of this model."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError):
+        return f"checkpoint {path} is refused: it has no readable {MANIFEST}, so it is not one of this program's"
+    if manifest.get("format") != FORMAT:
+        return f"checkpoint {path} is refused: format {manifest.get('format')!r}, this program reads {FORMAT}"
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            return f"checkpoint {path} is refused: {name} is missing"
+        if file.stat().st_size != entry["bytes"]:
+            return f"checkpoint {path} is refused: {name} holds {file.stat().st_size} bytes of {entry['bytes']}"
+        if "sha256" in entry and _sha256(file) != entry["sha256"]:
+            return f"checkpoint {path} is refused: the contents of {name} have changed since it was written"
+    if manifest["model"] != fingerprint:
+        differing = sorted(
+            k for k in {*manifest["model"], *fingerprint} if manifest["model"].get(k) != fingerprint.get(k)
+        )
+        return f"checkpoint {path} is refused: it belongs to another model or layout ({', '.join(differing)} differ)"
+    if unsafe := _unsafe_names(path / ".metadata"):
+        return f"checkpoint {path} is refused: its index names {', '.join(unsafe)}, which no checkpoint needs"
+    return ""
+
+
+def _unsafe_names(index: Path) -> list[str]:
+    """Globals in torch's pickled checkpoint index that are outside the allowed modules; nothing is executed."""
+    bad, strings = [], []
+    for opcode, argument, _ in pickletools.genops(index.read_bytes()):
+        if isinstance(argument, str) and "UNICODE" in opcode.name:
+            strings.append(argument)
+        if opcode.name in ("GLOBAL", "STACK_GLOBAL"):
+            module, name = str(argument).split(" ", 1) if opcode.name == "GLOBAL" else strings[-2:]
+            allowed = any(module == m.rstrip(".") or (m.endswith(".") and module.startswith(m)) for m in _INDEX_MODULES)
+            if not allowed and not (module in ("builtins", "__builtin__") and name in _INDEX_BUILTINS):
+                bad.append(f"{module}.{name}")
+    return bad
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _write_manifest(folder: Path, policy: Policy, step: int) -> None:
+    files = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        entry: dict[str, Any] = {"bytes": file.stat().st_size}
+        if entry["bytes"] <= HASHED_BELOW:
+            entry["sha256"] = _sha256(file)
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+        files[str(file.relative_to(folder))] = entry
+    manifest = {"format": FORMAT, "step": step, "model": _fingerprint(policy), "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def _fingerprint(policy: Policy) -> dict[str, Any]:
+    """What a checkpoint and the policy that loads it must have in common."""
+    keys = ("architectures", "num_hidden_layers", "hidden_size", "vocab_size", "tie_word_embeddings")
+    layout = policy.layout
+    return {
+        **{key: policy.hf.get(key) for key in keys},
+        "dtype": str(policy.dtype),
+        "layout": [layout.tp, layout.pp, layout.dp],
+        "optimizer": None if policy.optimizer is None else ("distributed" if policy.optimizer.distributed else "plain"),
+        "ema": policy.ema is not None,
+    }
+
+
+def _agree(policy: Policy, problem: str) -> str:
+    """The first problem of any rank, known to all."""
+    if policy.layout.world_size == 1:
+        return problem
+    return next((p for p in gather_json(problem, policy.layout.control) if p), "")
+
+
+# -- what is in it ----------------------------------------------------------------------------------------------------
+
+
+def _metadata(policy: Policy) -> dict[str, Any]:
+    # 0.16.1's default for a distributed optimizer, fully_sharded_model_space, cannot be saved ("flattened_range").
+    return {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def _sharded_state(policy: Policy, *, loading: bool = False) -> dict[str, Any]:
+    model = policy.model.sharded_state_dict()
+    state: dict[str, Any] = {"model": model}
+    if policy.optimizer is not None:
+        state["optimizer"] = policy.optimizer.megatron.sharded_state_dict(
+            model, is_loading=loading, metadata=_metadata(policy)
+        )
+    if policy.ema is not None:
+        state["ema"] = _with_tensors(policy.model.sharded_state_dict(), policy.ema.tensors)
+    return state
+
+
+def _with_tensors(sharded: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A model's sharded state that stores `tensors` (by local name) under keys of its own."""
+    out = {}
+    for name, entry in sharded.items():
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and name in tensors:
+            entry.key = f"ema.{entry.key}"
+            entry.data = tensors[name]
+            if isinstance(entry, ShardedTensor):
+                entry.dtype = torch.float32
+            out[name] = entry
+    return out
+
+
+def _prepare_for_load(optimizer: PolicyOptimizer) -> None:
+    """Optimizer state must exist before it can be loaded (megatron-core 0.16.1, distrib_optimizer.py:642)."""
+    for part in optimizer.parts:
+        if optimizer.distributed:
+            part._init_optimizer_states_with_dummy_values()
+            _patch_step_load(type(part))
+
+
+def _patch_step_load(optimizer_class: type) -> None:
+    """megatron-core 0.16.1 with torch's AdamW: `step` is not among the saved tensors, and loading one fails on it."""
+    original = optimizer_class._set_main_param_and_optimizer_states
+    if getattr(original, "keeps_step", False):
+        return
+
+    def with_step(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> Any:
+        group_index, order = self.model_param_group_index_map[model_param]
+        group = self.optimizer.param_groups[group_index]
+        own = self.optimizer.state[group["params"][order]]
+        own["step"] = torch.tensor(0.0)
+        return original(self, model_param, {**tensors, "step": torch.tensor(float(group.get("step") or 0))})
+
+    with_step.keeps_step = True  # type: ignore[attr-defined]
+    optimizer_class._set_main_param_and_optimizer_states = with_step
+
+
+def _restore_steps(optimizer: PolicyOptimizer) -> None:
+    """Give every parameter its own AdamW step from its group's: torch's load shares one tensor among all of them."""
+    for part in optimizer.parts:
+        for group in part.optimizer.param_groups:
+            if optimizer.distributed and group.get("step") is not None:
+                for parameter in group["params"]:
+                    if parameter in part.optimizer.state:
+                        part.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
+            for parameter in group["params"]:
+                state = part.optimizer.state.get(parameter, {})
+                if "step" in state:
+                    state["step"] = state["step"].clone()
+
+
+# -- random state -----------------------------------------------------------------------------------------------------
+
+
+def _rng_file(folder: Path, rank: int) -> Path:
+    return folder / f"rng_rank{rank:05d}.safetensors"
+
+
+def _save_rng(folder: Path, rank: int) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    states = {"torch": torch.get_rng_state()}
+    states |= {f"tracker.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    save_file({name: state.cpu().clone() for name, state in states.items()}, _rng_file(folder, rank))
+
+
+def _load_rng(folder: Path, rank: int) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    states = load_file(_rng_file(folder, rank))
+    torch.set_rng_state(states["torch"])
+    tracked = {name.removeprefix("tracker."): s for name, s in states.items() if name.startswith("tracker.")}
+    get_cuda_rng_tracker().set_states(tracked)
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def barrier(policy: Policy) -> None:
+    """Wait for all ranks."""
+    if policy.layout.world_size > 1:
+        dist.barrier(group=policy.layout.control)

@@ -1,0 +1,203 @@
+"""Building the Megatron-Core model of a Hugging Face config, with the statistics head in place of logits."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from urlvr_kernels import TokenStats as KernelStats
+from urlvr_kernels import lm_head_stats
+
+from ..config.parallel import ParallelSection
+from ..layout import Layout
+from .attention import PackedAttention, PackedRotaryEmbedding, PackedSequence
+from .batch import PackedBatch
+from .hf.families import Family, rope_theta, shape_of
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine's layers can be used: installed, and a CUDA device is there."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the statistics head is asked for in one pass."""
+
+    outputs: tuple[str, ...]
+    temperature: float
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm for the local layer spec. Megatron's own wrapper refuses sequence parallelism (torch_norm.py, 0.16.1);
+    marking the weight is all it takes for `finalize_model_grads` to sum its gradient over tensor-parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class PolicyModel(GPTModel):
+    """GPTModel whose head returns token statistics of the response tokens: `[T, V]` logits never leave it."""
+
+    def __init__(self, *args: Any, real_vocab: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.real_vocab = real_vocab
+        self.head = Head(("logp",), 1.0)
+        rope = self.rotary_pos_emb
+        self.rotary_pos_emb = PackedRotaryEmbedding(
+            kv_channels=self.config.kv_channels,
+            rotary_percent=self.rotary_percent,
+            rotary_base=self.rotary_base,
+            use_cpu_initialization=self.config.use_cpu_initialization,
+            cp_group=rope.cp_group,
+        )
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | KernelStats:
+        """Hidden states on inner pipeline stages; on the last one the statistics of the packed batch's targets."""
+        if not self.post_process:
+            return hidden_states
+        packed: PackedSequence = kwargs["packed_seq_params"]
+        assert packed.batch is not None
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        tp = self.pg_collection.tp
+        return lm_head_stats(
+            hidden_states.squeeze(1),
+            weight,
+            packed.batch.targets,
+            temperature=self.head.temperature,
+            vocab_start=tp.rank() * weight.shape[0],
+            vocab_size=self.real_vocab,
+            tp_group=tp if tp.size() > 1 else None,
+            sequence_parallel=self.config.sequence_parallel,
+            outputs=self.head.outputs,
+            row_index=packed.batch.out_rows,
+        )
+
+
+def transformer_config(
+    hf: Mapping[str, Any], family: Family, parallel: ParallelSection, *, dtype: torch.dtype, recompute: str
+) -> TransformerConfig:
+    """Megatron's config of a Hugging Face one."""
+    shape = shape_of(hf, tp=parallel.tp)
+    std = float(hf.get("initializer_range", 0.02))
+    recompute_fields: dict[str, Any] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[recompute]
+    return TransformerConfig(
+        num_layers=int(hf["num_hidden_layers"]),
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=float(hf.get("rms_norm_eps", 1e-6)),
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        bias_activation_fusion=False,
+        add_bias_linear=False,
+        add_qkv_bias=family.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method=lambda weight: torch.nn.init.normal_(weight, 0.0, std),
+        output_layer_init_method=lambda weight: torch.nn.init.normal_(weight, 0.0, std),
+        use_cpu_initialization=not torch.cuda.is_available(),
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        calculate_per_token_loss=True,
+        variable_seq_lengths=False,
+        **recompute_fields,
+    )
+
+
+def layer_spec(config: TransformerConfig, *, share_prefix: bool) -> TransformerBlockSubmodules:
+    """Transformer Engine's layers where there are GPUs and it is installed, Megatron's local ones elsewhere.
+
+    Attention is Transformer Engine's for plain packed sequences, and this package's where prefixes are shared.
+    """
+    if has_transformer_engine():
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        spec = get_gpt_layer_with_transformer_engine_spec()
+        norm: Any = TENorm
+        own_attention = share_prefix
+    else:
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm = RMSNorm
+        own_attention = True
+    if own_attention:
+        spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)
+
+
+def build_model(
+    hf: Mapping[str, Any],
+    family: Family,
+    parallel: ParallelSection,
+    layout: Layout,
+    *,
+    dtype: torch.dtype,
+    recompute: str,
+    share_prefix: bool,
+    real_vocab: int,
+) -> PolicyModel:
+    """This rank's part of the model, on its device, with random weights."""
+    config = transformer_config(hf, family, parallel, dtype=dtype, recompute=recompute)
+    model = PolicyModel(
+        config,
+        layer_spec(config, share_prefix=share_prefix),
+        vocab_size=shape_of(hf, tp=parallel.tp).padded_vocab,
+        max_sequence_length=int(hf["max_position_embeddings"]),
+        pre_process=layout.pp_rank == 0,
+        post_process=layout.pp_rank == layout.pp - 1,
+        position_embedding_type="rope",
+        rotary_base=int(rope_theta(hf)),
+        share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings", False)),
+        parallel_output=True,
+        real_vocab=real_vocab,
+    )
+    return model.to(layout.device)
+
+
+def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    """Move a packed batch to the policy's device."""
+    if device.type == "cpu":
+        return batch
+    for name in ("tokens", "positions", "restore", "out_rows", "targets", "cu_seqlens"):
+        value = getattr(batch, name)
+        if value is not None:
+            setattr(batch, name, value.to(device, non_blocking=True))
+    batch.columns = {name: value.to(device, non_blocking=True) for name, value in batch.columns.items()}
+    batch.segments = [
+        type(s)(
+            *(None if x is None else x.to(device, non_blocking=True) for x in (s.gather, s.queries, s.mask)),
+            s.scatter.to(device),
+            s.rows.to(device),
+        )
+        for s in batch.segments
+    ]
+    return batch

@@ -1,0 +1,89 @@
+"""Megatron's DDP wrapper and optimizer for the policy, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+from ..config.optim import OptimSection
+from .model import PolicyModel
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient is NaN or infinite; the optimizer has not been stepped."""
+
+
+def learning_rate(section: OptimSection, update: int, total: int) -> float:
+    """Learning rate of optimizer step `update` (from 0) of `total`: linear warm-up, then the schedule to `min_lr`."""
+    if update < section.warmup_steps:
+        return section.lr * (update + 1) / section.warmup_steps
+    span = max(total - section.warmup_steps, 1)
+    done = min((update - section.warmup_steps) / span, 1.0)
+    if section.schedule == "constant":
+        return section.lr
+    left = 1 - done if section.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return section.min_lr + (section.lr - section.min_lr) * left
+
+
+def wrap(model: PolicyModel, *, distributed: bool) -> DistributedDataParallel:
+    """Megatron's DDP: contiguous float32 gradient buffers, summed (not averaged) over data-parallel ranks."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=distributed
+    )
+    return DistributedDataParallel(model.config, config, model)
+
+
+class PolicyOptimizer:
+    """AdamW over Megatron's masters, stepped only with finite gradients."""
+
+    def __init__(self, section: OptimSection, model: DistributedDataParallel, *, distributed: bool) -> None:
+        params_dtype = next(model.parameters()).dtype
+        self.clip = section.clip_grad
+        self.distributed = distributed
+        self.megatron: Any = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=section.lr,
+                weight_decay=section.weight_decay,
+                adam_beta1=section.beta1,
+                adam_beta2=section.beta2,
+                adam_eps=section.eps,
+                clip_grad=section.clip_grad,
+                params_dtype=params_dtype,
+                bf16=params_dtype == torch.bfloat16,
+                use_distributed_optimizer=distributed,
+            ),
+            [model],
+        )
+
+    def zero_grad(self) -> None:
+        """Drop gradients of the last step."""
+        self.megatron.zero_grad()
+
+    def step(self, lr: float) -> float:
+        """Clip by the global norm and step at `lr`; returns the norm before clipping.
+
+        Raises NonFiniteError, with weights and moments untouched, when the norm is not finite.
+        """
+        self.megatron.prepare_grads()
+        norm = float(self.megatron.get_grad_norm())
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"the gradient norm is {norm}")
+        for part in self.parts:
+            parameters = part.get_parameters()
+            if self.clip > 0 and parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip, total_norm=norm)
+        for group in self.megatron.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+        self.megatron.step_with_ready_grads()
+        return norm
+
+    @property
+    def parts(self) -> list[Any]:
+        """The chained Megatron optimizers."""
+        return list(getattr(self.megatron, "chained_optimizers", [self.megatron]))

@@ -1,0 +1,301 @@
+"""The policy: one object on every rank; every method is collective.
+
+    rows ─► plan_microbatches ─► pack ─► Megatron's forward_backward_func ─► statistics head ─► TokenStats / loss
+
+Normalisers are global and known before the first micro-batch (each row carries its tokens' weights), so that nothing
+is rescaled after a forward: gradients are plain sums over micro-batches and data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+
+from . import cpu
+
+cpu.install()
+
+from megatron.core.distributed import finalize_model_grads  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+
+from ..algorithms.losses import LossInputs  # noqa: E402
+from ..config.model import ModelSection  # noqa: E402
+from ..config.optim import OptimSection  # noqa: E402
+from ..config.parallel import ParallelSection  # noqa: E402
+from ..layout import Layout, broadcast_json  # noqa: E402
+from ..types import TokenStats  # noqa: E402
+from .attention import PackedSequence  # noqa: E402
+from .batch import PackedBatch, Row, pack, plan_microbatches  # noqa: E402
+from .hf.families import family_of  # noqa: E402
+from .hf.folder import read_config, write_folder  # noqa: E402
+from .model import Head, build_model, has_transformer_engine, to_device  # noqa: E402
+from .optimizer import NonFiniteError, PolicyOptimizer, wrap  # noqa: E402
+from .weights import Shadow, WeightMap  # noqa: E402
+
+Weights = Literal["policy", "reference", "ema"]
+
+
+class Loss(Protocol):
+    """What `update` minimises: a scalar sum over the response tokens of one micro-batch, and metric sums."""
+
+    needs: frozenset[str]
+
+    def __call__(self, stats: TokenStats, inputs: LossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
+
+    def finish(self, sums: Mapping[str, float]) -> dict[str, float]: ...
+
+
+class Policy:
+    """A Megatron-Core policy made from a Hugging Face folder."""
+
+    def __init__(
+        self,
+        model: ModelSection,
+        parallel: ParallelSection,
+        layout: Layout,
+        *,
+        optim: OptimSection | None = None,
+        temperature: float = 1.0,
+        real_vocab: int | None = None,
+        keep_reference: bool = False,
+        load_weights: bool = True,
+    ) -> None:
+        """`temperature` divides the logits of every statistic; `real_vocab` masks the vocabulary further than the HF
+        config does. Without `optim` the policy can only score. UnusableInput for a folder that cannot be used."""
+        self.folder = Path(model.path)
+        self.layout = layout
+        self.hf = read_config(model.path)
+        family = family_of(self.hf, model.path)
+        self.temperature = temperature
+        self.max_tokens = parallel.max_tokens_per_microbatch
+        self.share_prefix = _share_prefix(parallel)
+        self.dtype = _dtype(model.dtype, layout.device)
+        distributed = layout.dp > 1 if parallel.distributed_optimizer == "auto" else parallel.distributed_optimizer
+        self.model = build_model(
+            self.hf,
+            family,
+            parallel,
+            layout,
+            dtype=self.dtype,
+            recompute=model.recompute,
+            share_prefix=self.share_prefix,
+            real_vocab=real_vocab or int(self.hf["vocab_size"]),
+        )
+        self.weights = WeightMap(self.model, family, self.hf, layout)
+        if load_weights:
+            self.weights.load(model.path)
+        self.reference = Shadow(self.model) if keep_reference else None
+        self.ema = Shadow(self.model, decay=optim.ema_decay) if optim and optim.ema_decay else None
+        self.optimizer: PolicyOptimizer | None = None
+        self.trained: Any = self.model
+        if optim is not None:
+            self.trained = wrap(self.model, distributed=distributed)
+            self.optimizer = PolicyOptimizer(optim, self.trained, distributed=distributed)
+        # The loss is normalised already: finish the gradient reduction, divide by nothing.
+        self.model.config.finalize_model_grads_func = lambda model, num_tokens, **kwargs: finalize_model_grads(
+            model, None, **kwargs
+        )
+
+    # -- scoring ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def score(
+        self,
+        rows: Sequence[Row],
+        want: frozenset[str],
+        weights: Weights = "policy",
+        *,
+        temperature: float | None = None,
+    ) -> list[TokenStats]:
+        """Statistics `want` of every response token, in the order of `rows`, on every rank of the replica (CPU).
+
+        `temperature` replaces the policy's own.
+
+        Independent of micro-batching and layout up to rounding; the same bits on all ranks of a replica.
+        """
+        outputs = tuple(sorted(want))
+        self.model.eval()
+        with self._using(weights):
+            plan, found = self._run(rows, Head(outputs, temperature or self.temperature), loss=None)
+        self.model.train()
+        count = sum(len(row.response) for row in rows)
+        table = torch.empty(len(outputs), count, device=self.layout.device)
+        order = [i for part in plan for i in part]
+        if found:
+            table = torch.cat(found, 1)
+        if self.layout.pp > 1:
+            dist.broadcast(table, self.layout.last_stage_rank, group=self.layout.pipeline)
+        columns = table.cpu().split([len(rows[i].response) for i in order], 1)
+        result: list[TokenStats] = [TokenStats() for _ in rows]
+        for i, part in zip(order, columns, strict=True):
+            result[i] = TokenStats(**{name: part[k] for k, name in enumerate(outputs)})
+        return result
+
+    @contextlib.contextmanager
+    def _using(self, weights: Weights) -> Iterator[None]:
+        if weights == "policy":
+            yield
+            return
+        shadow = self.reference if weights == "reference" else self.ema
+        if shadow is None:
+            raise ValueError(f"the policy keeps no {weights} weights; build it with them to score under them")
+        with shadow.swapped_into(self.model):
+            yield
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def update(self, rows: Sequence[Row], loss: Loss, *, lr: float) -> dict[str, float]:
+        """One optimizer step on `rows`, this replica's share of a mini-batch. Returns global metrics.
+
+        Every row carries its advantage and its tokens' weights in the global loss. Raises NonFiniteError, with
+        weights untouched, when loss or gradient is not finite.
+        """
+        assert self.optimizer is not None, "this policy was built without an optimizer"
+        self.trained.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = tuple(sorted(loss.needs | {"logp", "entropy"}))
+        _, found = self._run(rows, Head(outputs, self.temperature), loss=loss)
+        metrics = loss.finish(self._reduce(found))
+        if not math.isfinite(metrics["train/loss"]):
+            raise NonFiniteError(f"the loss is {metrics['train/loss']}")
+        metrics["train/grad_norm"] = self.optimizer.step(lr)
+        metrics["train/lr"] = lr
+        if self.ema is not None:
+            self.ema.track(self.model)
+        return metrics
+
+    def _reduce(self, found: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Sum metric sums over micro-batches and replicas; the last stage hands them to the others."""
+        names = sorted(found[0]) if found else []
+        sums = torch.stack([sum(part[name].double() for part in found) for name in names]) if found else None
+        if self.layout.pp > 1:
+            last = self.layout.replica_ranks[-1]
+            names = broadcast_json(names, source=last, group=self.layout.replica)
+            sums = torch.zeros(len(names), dtype=torch.float64) if sums is None else sums.cpu()
+            dist.broadcast(sums, last, group=self.layout.replica)
+        assert sums is not None
+        if self.layout.dp > 1:
+            sums = sums.cpu()
+            if not (self.layout.tp_rank == 0 and self.layout.pp_rank == 0):
+                sums.zero_()
+            dist.all_reduce(sums, group=self.layout.control)
+        return dict(zip(names, sums.tolist(), strict=True))
+
+    # -- the shared forward / backward --------------------------------------------------------------------------------
+
+    def _run(self, rows: Sequence[Row], head: Head, *, loss: Loss | None) -> tuple[list[list[int]], list[Any]]:
+        """Run all micro-batches of `rows`; returns the plan and what the last stage collected for each."""
+        layout = self.layout
+        plan = plan_microbatches(rows, max_tokens=self.max_tokens, share_prefix=self.share_prefix)
+        if layout.dp > 1:
+            most = torch.tensor(len(plan))
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=layout.control)
+            plan += [[] for _ in range(int(most) - len(plan))]
+        plan = plan or [[]]
+        pad = layout.tp
+        batches = [pack(rows, part, share_prefix=self.share_prefix, pad_to=pad) for part in plan]
+        if layout.pp > 1:
+            # Stages exchange activations of one agreed shape.
+            length = max(batch.tokens.shape[1] for batch in batches)
+            batches = [pack(rows, part, share_prefix=self.share_prefix, pad_to=pad, length=length) for part in plan]
+        self.model.head = head
+        collected = get_forward_backward_func()(
+            forward_step_func=partial(self._forward, rows, loss),
+            data_iterator=iter(batches),
+            model=[self.trained if loss is not None else self.model],
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens.shape[1],
+            micro_batch_size=1,
+            forward_only=loss is None,
+            collect_non_loss_data=loss is None,
+        )
+        return plan, collected
+
+    def _forward(self, rows: Sequence[Row], loss: Loss | None, batches: Iterator[PackedBatch], model: Any) -> Any:
+        """Megatron's forward step: the model's output and the function that makes a loss of it."""
+        batch = next(batches)
+        if loss is not None:
+            batch.columns = _columns(rows, batch.index)
+        batch = to_device(batch, self.layout.device)
+        output = model(batch.tokens, None, None, packed_seq_params=PackedSequence.of(batch))
+        finish = _collect if loss is None else partial(_loss, loss, batch)
+        return output, finish
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Stream of (Hugging Face name, whole tensor); every rank must drain it."""
+        return self.weights.export()
+
+    def save_hf(self, folder: Path, *, tokenizer_from: Path | None = None) -> None:
+        """Write the weights as a Hugging Face folder (by rank 0; collective)."""
+        if self.layout.is_main:
+            write_folder(folder, self.export(), config=self.hf, tokenizer_from=tokenizer_from or self.folder)
+        else:
+            for _ in self.export():
+                pass
+
+
+def _collect(stats: Any, non_loss_data: bool = True) -> torch.Tensor:
+    """Scoring: the asked-for statistics of one micro-batch, `[K, R]` float32, in the order of their names."""
+    present = [getattr(stats, name) for name in sorted(vars(stats)) if getattr(stats, name) is not None]
+    return torch.stack(present)
+
+
+def _loss(loss: Loss, batch: PackedBatch, stats: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Training: Megatron's three-tuple of loss, token count and things to report."""
+    columns = batch.columns
+    inputs = LossInputs(
+        advantage=columns["advantage"],
+        weight=columns["weight"],
+        old_logp=columns.get("old_logp"),
+        ref_logp=columns.get("ref_logp"),
+    )
+    own = TokenStats(**{name: value for name, value in vars(stats).items() if name in TokenStats.__dataclass_fields__})
+    total, metrics = loss(own, inputs)
+    report = {name: value.detach().clone() for name, value in metrics.items()}
+    report["train/loss"] = total.detach().clone()
+    return total, torch.tensor(len(batch.targets), dtype=torch.int), report
+
+
+def _columns(rows: Sequence[Row], index: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Loss inputs of a micro-batch, response tokens end to end; `old_logp` and `ref_logp` where all rows have them."""
+    picked = [rows[i] for i in index]
+    if not picked:
+        empty = torch.zeros(0)
+        names = [
+            "advantage",
+            "weight",
+            *(n for n in ("old_logp", "ref_logp") if rows and getattr(rows[0], n) is not None),
+        ]
+        return dict.fromkeys(names, empty)
+    lengths = torch.tensor([len(row.response) for row in picked])
+    columns = {"advantage": torch.tensor([row.advantage for row in picked]).repeat_interleave(lengths)}
+    for name in ("weight", "old_logp", "ref_logp"):
+        values = [getattr(row, name) for row in picked]
+        if all(value is not None for value in values):
+            columns[name] = torch.cat(values)
+        elif any(value is not None for value in values) or name == "weight":
+            raise ValueError(f"rows of one mini-batch must all carry {name!r}, or none of them")
+    return columns
+
+
+def _share_prefix(parallel: ParallelSection) -> bool:
+    """Shared prefixes need this package's attention; Transformer Engine's is taken instead where it is there."""
+    return not has_transformer_engine() if parallel.share_prefix == "auto" else parallel.share_prefix
+
+
+def _dtype(wanted: str, device: torch.device) -> torch.dtype:
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, wanted)
+
+
+__all__ = ["Loss", "NonFiniteError", "Policy", "Weights"]

@@ -1,0 +1,189 @@
+"""Weights in and out of the policy: Hugging Face folders in, one stream of Hugging Face-named tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..exit_codes import UnusableInput
+from ..layout import Layout
+from .hf.families import TRANSFORMER_ENGINE_NAMES, Family, rules_for, shape_of
+from .hf.folder import TensorFolder
+from .hf.rules import Rule, Shape, expected_shape, join_shards, take_shard
+from .model import PolicyModel, has_transformer_engine
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One Megatron parameter of the whole model, and where it lives."""
+
+    rule: Rule
+    hf: tuple[str, ...]
+    stage: int
+    local: torch.nn.Parameter | None
+    """This rank's shard; None on other stages."""
+
+
+class WeightMap:
+    """The policy's parameters by Hugging Face name, at any layout."""
+
+    def __init__(self, model: PolicyModel, family: Family, hf: Mapping[str, Any], layout: Layout) -> None:
+        self.layout = layout
+        self.shape: Shape = shape_of(hf, tp=layout.tp)
+        self.tied = bool(hf.get("tie_word_embeddings", False))
+        layers = int(hf["num_hidden_layers"])
+        mine = _global_names(model)
+        stage_of = self._stages(mine, layers)
+        self.slots: list[Slot] = []
+        for rule, layer in rules_for(family, layers, tied=self.tied):
+            name = _local_name(rule.megatron, layer)
+            stage = stage_of[layer] if layer is not None else (0 if rule in family.first else layout.pp - 1)
+            hf_names = tuple(part if layer is None else part.format(l=layer) for part in rule.hf)
+            self.slots.append(Slot(rule, hf_names, stage, mine.get(name) if stage == layout.pp_rank else None))
+        # With tied embeddings the last of several stages holds a copy of the input table as its output layer.
+        self.tied_copy = mine.get("output_layer.weight") if self.tied else None
+
+    def _stages(self, mine: Mapping[str, Any], layers: int) -> list[int]:
+        """Pipeline stage of each layer."""
+        held = torch.full((layers,), -1)
+        for name in mine:
+            if name.startswith("decoder.layers."):
+                held[int(name.split(".")[2])] = self.layout.pp_rank
+        if self.layout.pp > 1:
+            dist.all_reduce(held, op=dist.ReduceOp.MAX, group=self.layout.replica)
+        return [int(stage) for stage in held]
+
+    def load(self, folder: str | Path) -> None:
+        """Copy a Hugging Face folder's tensors into this rank's shards, one tensor at a time.
+
+        Raises UnusableInput naming a missing, misshapen or unexpected tensor.
+        """
+        source = TensorFolder(folder)
+        known = {name for slot in self.slots for name in slot.hf}
+        extra = {name for name in source.names() - known if not name.endswith("rotary_emb.inv_freq")}
+        if self.tied:
+            extra.discard("lm_head.weight")
+        if extra:
+            raise UnusableInput(f"model.path = {folder}: unexpected tensor {min(extra)} (and {len(extra) - 1} more)")
+        with torch.no_grad():
+            for slot in self.slots:
+                tied_here = self.tied_copy is not None and slot is self.slots[0]
+                if slot.local is None and not tied_here:
+                    continue
+                parts = [source.read(name, expected_shape(name, self.shape)) for name in slot.hf]
+                whole = slot.rule.merge(parts, self.shape)
+                shard = take_shard(whole, slot.rule.shard, self.layout.tp_rank, self.layout.tp)
+                if slot.local is not None:
+                    slot.local.copy_(shard)
+                if tied_here:
+                    assert self.tied_copy is not None
+                    self.tied_copy.copy_(shard)
+
+    @torch.no_grad()
+    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Stream the weights as (Hugging Face name, whole tensor), the same on every rank. Collective.
+
+        Every rank must drain the stream, also when what it does with a tensor fails. Tensors may be views of live
+        parameters: copy what outlives the step.
+        """
+        layout = self.layout
+        for slot in self.slots:
+            whole = None
+            if slot.local is not None:
+                parts = [slot.local.data]
+                if layout.tp > 1 and slot.rule.shard != "replicated":
+                    parts = [torch.empty_like(slot.local.data) for _ in range(layout.tp)]
+                    dist.all_gather(parts, slot.local.data.contiguous(), group=layout.tensor)
+                whole = join_shards(parts, slot.rule.shard)
+            if layout.pp > 1:
+                whole = self._from_stage(slot, whole)
+            assert whole is not None
+            yield from zip(slot.hf, slot.rule.split(whole, self.shape), strict=True)
+
+    def _from_stage(self, slot: Slot, whole: torch.Tensor | None) -> torch.Tensor:
+        """Broadcast a whole tensor from its stage along the pipeline."""
+        shape = torch.zeros(3, dtype=torch.int64, device=self.layout.device)
+        source = self.layout.pipeline_ranks[slot.stage]
+        if whole is not None:
+            whole = whole.contiguous()
+            shape[: whole.dim()] = torch.tensor(whole.shape)
+        dist.broadcast(shape, source, group=self.layout.pipeline)
+        if whole is None:
+            size = [int(n) for n in shape if n]
+            whole = torch.empty(size, dtype=self._dtype, device=self.layout.device)
+        dist.broadcast(whole, source, group=self.layout.pipeline)
+        return whole
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(slot.local.dtype for slot in self.slots if slot.local is not None)
+
+
+def _global_names(model: PolicyModel) -> dict[str, torch.nn.Parameter]:
+    """Parameters of this stage by their name in the whole model."""
+    names = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith("decoder.layers."):
+            head, _, local, rest = name.split(".", 3)
+            number = model.decoder.layers[int(local)].layer_number - 1
+            name = f"{head}.layers.{number}.{rest}"
+        names[name] = parameter
+    return names
+
+
+def _local_name(pattern: str, layer: int | None) -> str:
+    """A rule's Megatron name for `layer`, as the layer spec in use spells it."""
+    name = pattern if layer is None else pattern.format(l=layer)
+    if layer is not None and has_transformer_engine():
+        for plain, fused in TRANSFORMER_ENGINE_NAMES.items():
+            if name.endswith("." + plain):
+                return name.removesuffix(plain) + fused
+    return name
+
+
+class Shadow:
+    """A second set of weights beside the policy's: the reference, or an exponential moving average.
+
+    Tensors are float32 shards in host memory, one for each local parameter.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, decay: float | None = None) -> None:
+        self.decay = decay
+        self.tensors = {name: _master(p).detach().float().cpu().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def track(self, model: torch.nn.Module) -> None:
+        """One EMA step: shadow = decay * shadow + (1 - decay) * masters."""
+        assert self.decay is not None
+        for name, parameter in model.named_parameters():
+            self.tensors[name].lerp_(_master(parameter).detach().float().cpu(), 1 - self.decay)
+
+    @contextmanager
+    def swapped_into(self, model: torch.nn.Module) -> Iterator[None]:
+        """Run with these weights in the model; the policy's own come back bit for bit, whatever happens inside.
+
+        `copy_` bumps tensor versions, so that caches of the head (its column sums) are made anew.
+        """
+        kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        try:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(self.tensors[name])
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(kept[name])
+
+
+def _master(parameter: torch.Tensor) -> torch.Tensor:
+    """The optimizer's float32 master of a parameter, where it is whole; else the parameter."""
+    main = getattr(parameter, "main_param", None)
+    sharded = getattr(parameter, "main_param_sharded", False)
+    return parameter if main is None or sharded else main

@@ -1,0 +1,44 @@
+"""The interface of everything that turns prompts into groups of responses."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from ..types import Group, Prompt, Sampling
+
+
+class RolloutEngine(ABC):
+    """Generates responses with the weights it was last given.
+
+    Invariants: groups come back complete, each once, in any order; a sample's tokens depend on the weights, the
+    prompt, `Sampling` and the sample's index alone, never on what shares its batch. Between `begin_update` and
+    `end_update` nothing is generated.
+    """
+
+    version: int = 0
+    """Version of the weights in use."""
+
+    def begin_step(self, step: int) -> None:  # noqa: B027 - sampling engines need no notice
+        """The prompts that come next belong to training step `step`."""
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
+        """`sampling.n` samples for each prompt, as groups finish."""
+
+    @abstractmethod
+    def begin_update(self, version: int) -> None:
+        """Announce new weights; generation is over until `end_update`."""
+
+    @abstractmethod
+    def update(self, bucket: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take a part of the stream of Hugging Face-named tensors; nothing of it is kept by reference."""
+
+    @abstractmethod
+    def end_update(self) -> None:
+        """All tensors have been handed over: serve the announced version."""
+
+    def close(self) -> None:  # noqa: B027 - most engines have nothing to release
+        """Release what the engine holds."""

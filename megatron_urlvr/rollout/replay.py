@@ -1,0 +1,78 @@
+"""The replay engine: recorded rollouts in place of sampling, so that training is debugged without any engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..exit_codes import UnusableInput
+from ..types import Group, Prompt, Sampling
+from .engine import RolloutEngine
+from .records import group_from_record, read_records
+
+
+def rollout_file(run: Path, step: int) -> Path:
+    """Where a run keeps the rollouts of `step`."""
+    return run / "rollouts" / f"step_{step:06d}.jsonl.zst"
+
+
+class ReplayEngine(RolloutEngine):
+    """Serves the groups recorded by another run, by prompt id, one step's file after the other."""
+
+    def __init__(self, run: str | Path) -> None:
+        self.run = Path(run)
+        self.step = 0
+        self.version = 0
+        self._groups: dict[str, Group] = {}
+        if not rollout_file(self.run, 1).exists():
+            raise UnusableInput(
+                f"rollout.replay_from = {run}: no {rollout_file(self.run, 1).name} in its rollouts/;"
+                " record one with rollout.record=true"
+            )
+
+    def begin_step(self, step: int) -> None:
+        """Serve the rollouts of `step` from now on. UnusableInput when they were not recorded."""
+        path = rollout_file(self.run, step)
+        if not path.exists():
+            raise UnusableInput(f"rollout.replay_from = {self.run}: {path.name} is not there; lower run.steps")
+        self.step = step
+        groups = [_bare(group_from_record(record)) for record in read_records(path)]
+        self._groups = {group.prompt.id: group for group in groups}
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
+        """The recorded group of each prompt. UnusableInput when one is missing or too small."""
+        for prompt in prompts:
+            group = self._groups.get(prompt.id)
+            if group is None:
+                raise UnusableInput(
+                    f"rollout.replay_from = {self.run}: step {self.step} holds no prompt {prompt.id!r};"
+                    " replay needs the recording run's data and seed"
+                )
+            if len(group) < sampling.n:
+                raise UnusableInput(
+                    f"rollout.n_votes = {sampling.n}, but step {self.step} of {self.run} recorded {len(group)} samples"
+                )
+            yield Group(group.prompt, group.samples[: sampling.n])
+
+    def begin_update(self, version: int) -> None:
+        """Weights change nothing here."""
+        self.version = version
+
+    def update(self, bucket: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Drains the stream."""
+        for _ in bucket:
+            pass
+
+    def end_update(self) -> None:
+        """See RolloutEngine."""
+
+
+def _bare(group: Group) -> Group:
+    """Without what the recording run computed: the replaying run grades, scores and rewards by itself."""
+    for sample in group.samples:
+        sample.stats = None
+    recorded: dict[str, Any] = {}
+    return Group(group.prompt, group.samples, [], recorded)
