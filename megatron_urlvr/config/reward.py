@@ -59,7 +59,7 @@ def _reward(name: Any) -> Any:
     """The reward class, imported late: rewards depend on torch and on this package. UnknownName if there is none."""
     from megatron_urlvr.rewards.registry import get_reward
 
-    return get_reward(name)
+    return get_reward(str(name))
 
 
 class RewardSection(Section):
