@@ -20,7 +20,7 @@ def check(
     """All that keeps this run from starting, a sentence each; empty when nothing does.
 
     `world_size`: processes started. `hf_config`: the model's `config.json`. `tokenizer_size`: its number of entries,
-    added tokens included; None without a tokenizer. `device`: what `run.device` came to on this machine.
+    added tokens included; None without a tokenizer. `device`: what torch has here.
     """
     return [
         *_device(config, device),
@@ -38,8 +38,13 @@ def data_parallel_size(config: Config, world_size: int) -> int:
 
 
 def _device(config: Config, device: str) -> Iterator[str]:
-    if config.run.device not in ("auto", device):
-        yield f"run.device = {config.run.device!r}, but this machine offers {device!r} alone; set run.device=auto."
+    if config.run.device == "cuda" and device == "cpu":
+        yield "run.device = 'cuda', but torch sees no CUDA device: set run.device=auto or cpu; `urlvr doctor` says more."
+    if config.run.device == "cpu" and device == "cuda":
+        yield (
+            "run.device = 'cpu' on a machine with CUDA devices: hide them with CUDA_VISIBLE_DEVICES= in front of the "
+            "command, or set run.device=auto."
+        )
 
 
 def _world(config: Config, world_size: int) -> Iterator[str]:

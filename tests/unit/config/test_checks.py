@@ -75,7 +75,7 @@ def test_all_that_is_wrong_is_listed_together(found):
             1,
             "eval.sets.h.max_new_tokens = 2000 add up to 3024",
         ),
-        (["run.device=cuda"], 1, "run.device = 'cuda', but this machine offers 'cpu' alone"),
+        (["run.device=cuda"], 1, "run.device = 'cuda', but torch sees no CUDA device"),
     ],
 )
 def test_each_thing_that_does_not_fit_is_named_with_what_would(found, overrides, world, said):
@@ -94,6 +94,12 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(found, size, wrong):
     sentences = found(size=size)
     assert len(sentences) == wrong
     assert all("tokenizer has 101 entries, but its config.json says vocab_size = 100" in item for item in sentences)
+
+
+def test_the_cpu_of_a_machine_with_cuda_is_had_by_hiding_the_devices(found):
+    (sentence,) = found("run.device=cpu", device="cuda")
+    assert "hide them with CUDA_VISIBLE_DEVICES=" in sentence
+    assert found("run.device=cuda", device="cuda") == found(device="cuda") == []
 
 
 def test_a_supervised_reward_needs_labels_in_the_data(found):
