@@ -39,7 +39,7 @@ def data_parallel_size(config: Config, world_size: int) -> int:
 
 def _device(config: Config, device: str) -> Iterator[str]:
     if config.run.device == "cuda" and device == "cpu":
-        yield "run.device = 'cuda', but torch sees no CUDA device: set run.device=auto or cpu; `urlvr doctor` says more."
+        yield "run.device = 'cuda', but torch sees no CUDA device: set run.device=auto; `urlvr doctor` says more."
     if config.run.device == "cpu" and device == "cuda":
         yield (
             "run.device = 'cpu' on a machine with CUDA devices: hide them with CUDA_VISIBLE_DEVICES= in front of the "
