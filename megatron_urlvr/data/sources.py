@@ -8,10 +8,12 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from ..config.data import TaskSource
+from ..config.data import JsonlSource, TaskSource
 from ..types import Prompt
 from .errors import DataError
 from .grading.grader import Grader
+from .grading.text import TextGrader
+from .jsonl import Row, read_rows
 from .labels import LabelStore
 from .tasks import Split, Task, get_task
 
@@ -36,18 +38,8 @@ class PromptSet:
         return len(self.prompts)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One question before tokenisation."""
-
-    id: str
-    text: str
-    label: str | None
-    fields: dict[str, object]
-
-
 def load_source(
-    source: TaskSource,
+    source: TaskSource | JsonlSource,
     *,
     name: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -62,7 +54,16 @@ def load_source(
     `name` begins every prompt's id. `split` and `seed` matter to tasks alone; `seed` counts where the source has none
     of its own. DataError, in a sentence, for whatever makes the source unusable.
     """
-    rows, special, grader, task = _task_rows(source, name, split, seed)
+    grader: Grader
+    if isinstance(source, JsonlSource):
+        task, grader = None, (text_grader := TextGrader(source.grading))
+        rows = read_rows(source, name=name, tokenizer=tokenizer, label_of=text_grader.label)
+    else:
+        task = get_task(source.task, source.settings)
+        grader = task.grader()
+        rows = _task_rows(task, source, name, split, seed)
+    # A chat template writes the tokens that begin a text itself.
+    special = not (isinstance(source, JsonlSource) and source.template == "chat")
     prompts, dropped = _tokenise(rows, tokenizer, special, max_prompt_tokens, overlong)
     if not prompts:
         raise DataError(
@@ -86,15 +87,13 @@ def load_source(
     )
 
 
-def _task_rows(source: TaskSource, name: str, split: Split, seed: int) -> tuple[list[Row], bool, Grader, Task]:
-    task = get_task(source.task, source.settings)
+def _task_rows(task: Task, source: TaskSource, name: str, split: Split, seed: int) -> list[Row]:
     seed = seed if source.seed is None else source.seed
     made = task.prompts(source.size, seed=seed, split=split, skip=source.skip)
-    rows = [
+    return [
         Row(id=f"{name}/{source.skip + i}", text=prompt.text, label=prompt.label, fields=prompt.fields)
         for i, prompt in enumerate(made)
     ]
-    return rows, False, task.grader(), task
 
 
 def _tokenise(
@@ -109,6 +108,8 @@ def _tokenise(
         ) from error
     prompts = []
     for row, ids in zip(rows, encoded, strict=True):
+        if special and ids and ids[-1] == tokenizer.eos_token_id and not row.text.endswith(str(tokenizer.eos_token)):
+            ids = ids[:-1]  # some tokenizers end every text; a prompt goes on
         if len(ids) <= limit:
             prompts.append(Prompt(id=row.id, text=row.text, tokens=tuple(ids), fields=row.fields))
         elif overlong == "refuse":
@@ -121,8 +122,8 @@ def _tokenise(
 
 def _check_readable(name: str, task: Task, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase) -> None:
     """A tokenizer without the task's characters drops them in silence: compare what it reads with what was written."""
-    read = tokenizer.decode(list(prompts[0].tokens), skip_special_tokens=True)
-    if read != prompts[0].text:
+    read = str(tokenizer.decode(list(prompts[0].tokens), skip_special_tokens=True))
+    if read.strip() != prompts[0].text.strip():
         raise DataError(
             f"the model's tokenizer reads {prompts[0].text!r}, a prompt of {name!r} (task {task.name}), as {read!r}: "
             f"use a base whose tokenizer has the task's characters, such as one pretrained on {task.name}"

@@ -52,13 +52,9 @@ class Task(ABC):
         try:
             self.settings: Any = self.Settings.model_validate(settings or {})
         except ValidationError as error:
-            wrong = "; ".join(
-                f"{'.'.join(map(str, item['loc'])) or 'settings'} = {item['input']!r}: {item['msg']}"
-                for item in error.errors()
-            )
-            raise DataError(
-                f"settings of task {self.name!r} are wrong: {wrong} (known: {', '.join(self.Settings.model_fields)})"
-            ) from error
+            known = ", ".join(self.Settings.model_fields)
+            wrong = "; ".join(map(_sentence, error.errors()))
+            raise DataError(f"settings of task {self.name!r} are wrong: {wrong} (known: {known})") from error
 
     @property
     @abstractmethod
@@ -104,3 +100,10 @@ class Task(ABC):
             f"task {self.name!r} has {passed} distinct {split} prompts with these settings, and size = {size} after "
             f"skip = {skip} were asked for: lower size or skip, or widen the task"
         )
+
+
+def _sentence(problem: Any) -> str:
+    """One of pydantic's errors as `key = value: what is wrong`; a broken rule speaks for itself."""
+    if problem["type"] == "value_error":
+        return str(problem["msg"]).removeprefix("Value error, ")
+    return f"{'.'.join(map(str, problem['loc'])) or 'settings'} = {problem['input']!r}: {problem['msg']}"

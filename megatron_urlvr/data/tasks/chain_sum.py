@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from transformers import PreTrainedTokenizerFast
 
-from ...config.base import Section
+from ...config.base import Section, rule
 from ...types import Prompt
 from ..grading.extract import last_hash
 from ..grading.grader import Grader
@@ -50,11 +50,9 @@ class Styles(Section):
     empty: float = Field(default=0.015, ge=0)
     """Nothing but the end."""
 
-    @model_validator(mode="after")
-    def _some(self) -> "Styles":
-        if sum(self.shares().values()) <= 0:
-            raise ValueError("at least one style needs a share above 0")
-        return self
+    @rule("careful", "quick", "direct", "filler", "give_up", "empty")
+    def _some(self) -> str | None:
+        return None if sum(self.shares().values()) > 0 else "at least one style needs a share above 0"
 
     def shares(self) -> dict[str, float]:
         """Shares by style, as written."""
@@ -81,14 +79,12 @@ class ChainSumSettings(Section):
     biased_strength: float = Field(default=0.7, ge=0, le=1)
     """Share of the demonstrations of such a prompt that follow the wrong rule."""
 
-    @model_validator(mode="after")
-    def _width_fits(self) -> "ChainSumSettings":
-        if self.answer_width > self.digits - 1:
-            raise ValueError(
-                f"answer_width = {self.answer_width} is more than the {self.digits - 1} running sums "
-                f"of digits = {self.digits}"
-            )
-        return self
+    @rule("digits", "answer_width")
+    def _width_fits(self) -> str | None:
+        if self.answer_width < self.digits:
+            return None
+        sums = f"the {self.digits - 1} running sums of {self.digits} digits"
+        return f"answer_width = {self.answer_width} is more than {sums}"
 
 
 @dataclass(frozen=True)

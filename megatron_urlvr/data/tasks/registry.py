@@ -11,6 +11,7 @@ from .base import Task
 GROUP = "megatron_urlvr.task"
 BUILT_IN = {
     "chain_sum": "megatron_urlvr.data.tasks.chain_sum:ChainSum",
+    "countdown": "megatron_urlvr.data.tasks.countdown:Countdown",
 }
 
 

@@ -226,7 +226,7 @@ def test_a_chain_that_passes_has_the_right_answer():
     [
         ({"digit": 6}, "digit = 6.*known: digits"),
         ({"digits": 1}, "digits = 1"),
-        ({"digits": 4, "answer_width": 4}, "answer_width = 4 is more than the 3 running sums"),
+        ({"digits": 4, "answer_width": 4}, "answer_width = 4 is more than the 3 running sums of 4 digits"),
         ({"styles": {"careful": -1}}, "styles.careful = -1"),
         ({"styles": dict.fromkeys(("careful", "quick", "direct", "filler", "give_up", "empty"), 0)}, "at least one"),
     ],

@@ -1,0 +1,111 @@
+"""The grader of files: answers in a box, after `#` or found by a pattern, compared as strings or by math-verify."""
+
+import re
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from ...config.data import GradingSection
+from .extract import last_boxed, last_hash, last_match
+from .grader import Grader
+from .normalise import as_fraction, is_words, normalise
+from .pool import MathPool
+
+MAX_COMPARED = 300
+"""Characters; longer answers are only compared as strings."""
+CACHE_SIZE = 200_000
+"""Verdicts kept; the oldest go first."""
+
+
+class TextGrader(Grader):
+    """Grades as a `grading` section says. Comparison processes start with the first pair that needs one.
+
+    `counts`: `compared` by math-verify, `cached`, and those that count as different for want of a verdict: `timeouts`,
+    `crashes`, `errors` (math-verify itself raised) and `too_long`.
+    """
+
+    def __init__(self, section: GradingSection, *, pool: MathPool | None = None) -> None:
+        super().__init__()
+        self._find = _finder(section)
+        self._label_mark = {"boxed": "\\boxed", "hash": "#", "regex": None}[section.extract]
+        self._pool: MathPool | None = None
+        if section.equivalence == "math":
+            self._pool = pool or MathPool(timeout_s=section.timeout_s)
+        self._verdicts: dict[tuple[str, str], bool] = {}
+        self._lock = threading.Lock()
+
+    def extract(self, text: str, *, finished: bool = True) -> str | None:
+        """The last answer found, normalised; None where there is none or it is empty."""
+        found = self._find(text, finished)
+        return (normalise(found) or None) if found is not None else None
+
+    def normalise(self, answer: str) -> str:
+        """See `normalise.py`."""
+        return normalise(answer)
+
+    def label(self, text: str) -> str:
+        r"""A true answer as the file has it: alone, or at the end of a solution (`... #### 42`, `... \boxed{42}`)."""
+        if self._label_mark is not None and self._label_mark in text:
+            return self.extract(text) or normalise(text)
+        return normalise(text)
+
+    def equivalent(self, a: str, b: str) -> bool:
+        """Whether two answers are the same: by spelling, by value if both are plain numbers, else by math-verify."""
+        a, b = sorted((normalise(a), normalise(b)))
+        if a == b:
+            return True
+        if self._pool is None:
+            return False
+        plain = _plainly(a, b)
+        return self._ask(a, b) if plain is None else plain
+
+    def _ask(self, a: str, b: str) -> bool:
+        """math-verify's verdict, remembered; no verdict counts as different."""
+        assert self._pool is not None
+        with self._lock:
+            if (a, b) in self._verdicts:
+                self.counts["cached"] += 1
+                return self._verdicts[a, b]
+        verdict = "too_long" if max(len(a), len(b)) > MAX_COMPARED else self._pool.compare(a, b)
+        name = {"error": "errors", "timeout": "timeouts", "crash": "crashes", "too_long": "too_long"}.get(verdict)
+        with self._lock:
+            self.counts[name or "compared"] += 1
+            while len(self._verdicts) >= CACHE_SIZE:
+                self._verdicts.pop(next(iter(self._verdicts)))
+            self._verdicts[a, b] = verdict == "equal"
+        return verdict == "equal"
+
+    def classes_of(self, groups: Sequence[Sequence[str | None]]) -> list[list[int | None]]:
+        """`classes` of each group; groups are compared side by side, one thread for each process."""
+        if self._pool is None or self._pool.size == 1 or len(groups) < 2:
+            return super().classes_of(groups)
+        with ThreadPoolExecutor(self._pool.size) as threads:
+            return list(threads.map(self.classes, groups))
+
+    def close(self) -> None:
+        """End the comparison processes."""
+        if self._pool is not None:
+            self._pool.close()
+
+
+def _plainly(a: str, b: str) -> bool | None:
+    """A verdict that needs no algebra; None where algebra must decide."""
+    if is_words(a) or is_words(b):
+        return a.casefold() == b.casefold()
+    left, right = as_fraction(a), as_fraction(b)
+    if left is None or right is None:
+        return None
+    if left == right:
+        return True
+    # Unequal decimals may still be one number rounded differently: math-verify compares six digits.
+    return False if left.denominator == right.denominator == 1 else None
+
+
+def _finder(section: GradingSection) -> Callable[[str, bool], str | None]:
+    """How `section` finds an answer: (text, finished) -> raw answer or None."""
+    if section.extract == "boxed":
+        return lambda text, finished: last_boxed(text)
+    if section.extract == "hash":
+        return lambda text, finished: last_hash(text, finished=finished)
+    pattern = re.compile(str(section.pattern))  # the section has checked it
+    return lambda text, finished: last_match(text, pattern, finished=finished)

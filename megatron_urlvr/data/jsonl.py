@@ -1,0 +1,159 @@
+"""Questions from a JSON-lines file, through a template, every unusable row named."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from ..config.data import JsonlSource
+from .errors import DataError
+
+SHOWN = 5
+"""Unusable rows that one error lists."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question before tokenisation."""
+
+    id: str
+    text: str
+    """What the policy reads, template applied."""
+    label: str | None
+    fields: dict[str, object]
+
+
+def read_rows(
+    source: JsonlSource, *, name: str, tokenizer: PreTrainedTokenizerBase, label_of: Callable[[str], str]
+) -> list[Row]:
+    """The rows of `source`, at most `source.limit`. Blank lines are passed over.
+
+    `label_of` turns a label as written into the form it is compared in. A prompt's fields hold the bare `question`
+    alone: other columns may give the answer away. DataError names every cause with its line.
+    """
+    rows: list[Row] = []
+    wrong: list[str] = []
+    seen: dict[str, int] = {}
+    keys: set[str] = set()
+    render = _renderer(source, tokenizer)
+    for number, line in _lines(source.path):
+        if source.limit is not None and len(rows) + len(wrong) == source.limit:
+            break
+        try:
+            record = _record(line)
+            keys |= record.keys()
+            row = _row(record, number, source, name, render, label_of)
+            first = seen.setdefault(row.id, number)
+            if first != number:
+                raise _RowError(f"has the id {row.id.removeprefix(name + '/')!r} of line {first}")
+            rows.append(row)
+        except _RowError as error:
+            wrong.append(f"line {number} {error}")
+    if wrong:
+        more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise DataError(f"{source.path!r} has {len(wrong)} unusable rows: {'; '.join(wrong[:SHOWN])}{more}")
+    if not rows:
+        raise DataError(f"{source.path!r} has no rows: one JSON object a line is expected")
+    if source.label_field is not None and source.label_field not in keys:
+        raise DataError(
+            f"no row of {source.path!r} has the label_field {source.label_field!r} (keys: {', '.join(sorted(keys))}): "
+            "name the right one, or set label_field to null for data without labels"
+        )
+    return rows
+
+
+class _RowError(ValueError):
+    """What is wrong with one row; completes "line 3 ..."."""
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers from 1."""
+    file = Path(path).expanduser()
+    if not file.exists():
+        raise DataError(f"the data file {path!r} does not exist (looked in {Path.cwd()})")
+    if not file.is_file():
+        raise DataError(f"{path!r} is not a file: name one JSON-lines file")
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, line
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path!r} is not UTF-8 text ({error}): is it compressed, or another format?") from error
+    except OSError as error:
+        raise DataError(f"{path!r} cannot be read: {error}") from error
+
+
+def _record(line: str) -> dict[str, object]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _RowError(f"is not valid JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise _RowError(f"is a {type(record).__name__}; an object is expected")
+    return record
+
+
+def _row(
+    record: dict[str, object],
+    number: int,
+    source: JsonlSource,
+    name: str,
+    render: Callable[[str], str],
+    label_of: Callable[[str], str],
+) -> Row:
+    question = record.get(source.prompt_field)
+    if question is None:
+        raise _RowError(f"has no prompt (key {source.prompt_field!r}; it has {', '.join(sorted(record)) or 'no keys'})")
+    if not isinstance(question, str):
+        raise _RowError(f"has a {type(question).__name__} under {source.prompt_field!r}; a string is expected")
+    if not question.strip():
+        raise _RowError(f"has an empty prompt (key {source.prompt_field!r})")
+    identity: object = number
+    if source.id_field is not None:
+        identity = record.get(source.id_field)
+        if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
+            raise _RowError(f"has no id (key {source.id_field!r}): a string or an integer is expected")
+    return Row(
+        id=f"{name}/{identity}",
+        text=render(question),
+        label=_label(record, source, label_of),
+        fields={"question": question},
+    )
+
+
+def _label(record: dict[str, object], source: JsonlSource, label_of: Callable[[str], str]) -> str | None:
+    """The true answer of a row: a string or number; None where the row has none."""
+    raw = None if source.label_field is None else record.get(source.label_field)
+    if raw is None:
+        return None
+    if isinstance(raw, bool) or not isinstance(raw, str | int | float):
+        raise _RowError(f"has a {type(raw).__name__} under {source.label_field!r}; a string or a number is expected")
+    label = label_of(str(raw))
+    if not label:
+        raise _RowError(f"has an empty label (key {source.label_field!r})")
+    return label
+
+
+def _renderer(source: JsonlSource, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """From a bare question to what the policy reads."""
+    if source.template == "plain":
+        if source.system is not None:
+            raise DataError(f"system = {source.system!r} needs template: chat; put it into plain_template instead")
+        return lambda question: source.plain_template.replace("{prompt}", question)
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "template: chat needs a tokenizer with a chat template, and this one has none: use template: plain"
+        )
+    system = [] if source.system is None else [{"role": "system", "content": source.system}]
+
+    def chat(question: str) -> str:
+        messages = [*system, {"role": "user", "content": question}]
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template raises whatever its author chose
+            raise DataError(f"the tokenizer's chat template refuses the prompt: {error}") from error
+
+    return chat

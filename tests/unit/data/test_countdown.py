@@ -1,0 +1,218 @@
+import random
+from collections import Counter
+from fractions import Fraction
+from itertools import permutations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_urlvr.data.errors import DataError
+from megatron_urlvr.data.tasks import TaskPrompt, get_task
+from megatron_urlvr.data.tasks.arithmetic import parse
+
+PROMPT = TaskPrompt(text="25,7,3=46:", label="25+7*3", fields={"numbers": (25, 7, 3), "target": 46})
+
+
+def countdown(**options):
+    return get_task("countdown", options)
+
+
+def only(style):
+    """The task with a single style of demonstration."""
+    shares = dict.fromkeys(("search", "direct", "wrong_target", "wrong_number", "malformed", "give_up"), 0)
+    return countdown(styles={**shares, style: 1})
+
+
+def reachable(numbers, target):
+    """Brute force, another way round than the task: join any two, keep all exact values."""
+    if len(numbers) == 1:
+        return numbers[0] == target
+    for a, b, *rest in permutations(numbers):
+        values = [a + b, a - b, a * b, *([Fraction(a) / b] if b else [])]
+        if any(reachable((value, *rest), target) for value in values):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("counts", [[3], [4], [3, 4]])
+def test_every_prompt_can_be_solved(counts):
+    task = countdown(counts=counts)
+    for prompt in task.prompts(25, seed=0, split="train"):
+        numbers, target = prompt.fields["numbers"], prompt.fields["target"]
+        assert len(numbers) in counts
+        assert prompt.text == f"{','.join(map(str, numbers))}={target}:"
+        assert reachable(tuple(map(Fraction, numbers)), target)
+        assert task.check(prompt, f"#{prompt.label}")
+        assert "label" not in prompt.fields
+
+
+def test_prompts_are_distinct_nested_and_split_by_text():
+    task = countdown(counts=[3], max_number=9)
+    long = [p.text for p in task.prompts(300, seed=1, split="train")]
+    assert len(set(long)) == 300
+    assert [p.text for p in task.prompts(50, seed=1, split="train", skip=100)] == long[100:150]
+    assert not set(long) & {p.text for p in task.prompts(100, seed=2, split="held_out")}
+
+
+def test_a_task_that_is_exhausted_says_so():
+    with pytest.raises(DataError, match="distinct held_out prompts"):
+        countdown(counts=[3], max_number=2, max_target=4).prompts(100, seed=0, split="held_out")
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("25+7*3", True),
+        (" 3 * 7 + 25 ", True),
+        ("((25))+(7*3)", True),
+        ("25+7+3", False),
+        ("46", False),
+        ("25+21", False),
+        ("25+7*3+3-3", False),
+        ("25+7*3*1", False),
+        ("?", False),
+        ("25+7*3=46", None),
+        ("25+7**3", None),
+        ("25//7+3", None),
+        ("-25+7*3", None),
+        ("25+7*", None),
+        ("25+07*3", None),
+        ("2_5+7*3", None),
+        ("25+7*x", None),
+        ("__import__('os').system('ls')", None),
+        ("(lambda: 46)()", None),
+        ("25.0+7*3", None),
+        ("25, 7*3", None),
+        ("25 if 7 else 3", None),
+        ("25 7", None),
+        ("", None),
+        ("25/(7-7)+3", False),
+    ],
+)
+def test_an_answer_uses_each_number_exactly_once_and_nothing_but_arithmetic(answer, right):
+    task = countdown()
+    assert task.check(PROMPT, f"25-7=18;#{answer}") is right
+    extracted = task.grader().extract(f"#{answer}")
+    assert (extracted is None) is (right is None)
+    assert task.grader().correct(extracted, PROMPT.label) is bool(right)
+
+
+def test_division_is_exact():
+    prompt = TaskPrompt(text="8,3,3=8:", label="8/3*3", fields={"numbers": (8, 3, 3), "target": 8})
+    assert countdown().check(prompt, "#8/3*3") is True
+    near = TaskPrompt(text="", label=None, fields={"numbers": (10, 3, 3), "target": 1})
+    assert countdown().check(near, "#10/3/3") is False
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["(" * 150 + "1" + ")" * 150, "1" + "+1" * 5000, "9" * 150, "9*9*" * 60, "(" * 199, "1-" * 99 + "1", "9" * 10],
+)
+def test_hostile_text_is_refused_or_harmless(text):
+    expression = parse(text)
+    assert expression is None or expression.value == 1 - 99
+
+
+expressions = st.recursive(
+    st.integers(0, 99).map(str),
+    lambda inner: st.tuples(inner, st.sampled_from("+-*/"), inner).map(lambda t: f"({t[0]}{t[1]}{t[2]})"),
+    max_leaves=6,
+)
+
+
+@given(expressions)
+@settings(max_examples=300, deadline=None)
+def test_the_canonical_form_keeps_value_and_numbers_and_is_its_own_canonical_form(text):
+    first = parse(text)
+    again = parse(first.canonical)
+    assert again.canonical == first.canonical
+    assert again.numbers == first.numbers
+    if first.value is not None and again.value is not None:
+        assert again.value == first.value
+
+
+@given(expressions)
+@settings(max_examples=300, deadline=None)
+def test_values_are_those_of_exact_python_arithmetic(text):
+    value = parse(text).value
+    namespace = {f"n{i}": Fraction(i) for i in range(100)}
+    exact = "".join(f"n{token}" if token.isdigit() else token for token in _tokens(text))
+    try:
+        expected = eval(exact, {"__builtins__": {}}, namespace)
+    except ZeroDivisionError:
+        expected = None
+    assert value == expected
+
+
+def _tokens(text):
+    number = ""
+    for character in text:
+        if character.isdigit():
+            number += character
+            continue
+        if number:
+            yield number
+            number = ""
+        yield character
+    if number:
+        yield number
+
+
+def test_orders_of_operands_and_brackets_are_one_answer_and_other_expressions_are_not():
+    grader = countdown().grader()
+    answers = [grader.extract(f"#{text}") for text in ("25+7*3", "3*7+25", "(25)+(7*3)", "25+7+3", "7*3-25", "x")]
+    assert grader.classes(answers) == [0, 0, 0, 3, 4, None]
+
+
+def test_a_response_that_was_cut_off_has_no_answer():
+    grader = countdown().grader()
+    assert grader.extract("#25+7*3", finished=False) is None
+
+
+def test_demonstrations_fit_the_limit_and_attempts_state_true_values():
+    task = countdown()
+    tokenizer = task.tokenizer()
+    rng = random.Random(0)
+    for prompt in task.prompts(1500, seed=0, split="train"):
+        text = task.demonstration(prompt, rng)
+        ids = tokenizer(text)["input_ids"]
+        assert len(ids) == len(text) <= task.max_response_tokens
+        assert ids[-1] == tokenizer.eos_token_id
+        for attempt in filter(None, text.partition("#")[0].split(";")):
+            expression, _, value = attempt.partition("=")
+            assert parse(expression).value == int(value)
+
+
+@pytest.mark.parametrize(
+    ("style", "verdicts"),
+    [
+        ("search", {True}),
+        ("direct", {True}),
+        ("wrong_target", {False}),
+        ("wrong_number", {False, True}),
+        ("malformed", {None}),
+        ("give_up", {False}),
+    ],
+)
+def test_each_style_is_as_right_as_its_name(style, verdicts):
+    task = only(style)
+    rng = random.Random(0)
+    seen = Counter(task.check(p, task.demonstration(p, rng)) for p in task.prompts(200, seed=0, split="train"))
+    assert set(seen) <= verdicts
+    if style == "wrong_number":
+        assert seen[False] > 150
+
+
+def test_a_demonstration_needs_the_solution():
+    with pytest.raises(ValueError, match="has no label"):
+        countdown().demonstration(TaskPrompt(text="x", label=None, fields=PROMPT.fields), random.Random(0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"counts": [5]}, r"counts\.0"), ({"counts": []}, "counts"), ({"max_number": 100}, "max_number = 100")],
+)
+def test_wrong_settings_are_named(options, message):
+    with pytest.raises(DataError, match=message):
+        countdown(**options)
