@@ -40,6 +40,7 @@ def write_report(
             record.label = str(record.path)
     title = title or ("Run " + records[0].name if len(records) == 1 else f"{len(records)} runs")
     series = [Series(record.label, [record]) for record in records]
+    tell_bases_apart(series)
     return write_series_report(series, _page(out, [record.path for record in records]), title=title, notes=notes)
 
 
@@ -54,7 +55,6 @@ def write_series_report(
 ) -> Path:
     """Write `page` (`*.html`) and the figures beside it. With both sets, peaks are chosen on `select_set` and measured
     on the disjoint `measure_set`, which is also the set that figures show first."""
-    tell_bases_apart(series)
     styles = Styles(series)
     sets = _eval_sets(series, first=measure_set)
     main = sets[0] if sets else None

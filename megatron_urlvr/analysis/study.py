@@ -1,0 +1,291 @@
+"""`urlvr study`: base policies and training runs from one file, a few at a time, and one report on all of them.
+
+    bases (pretrain, cached) ─► runs (train, resumable) ─► report
+
+What is done is not done again: a study that was interrupted, or whose file got another run, is simply run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_urlvr.config.errors import did_you_mean
+from megatron_urlvr.config.loader import load_config, to_yaml
+from megatron_urlvr.config.pretrain import PretrainConfig
+from megatron_urlvr.config.root import Config
+from megatron_urlvr.config.study import StudyConfig, StudyRun
+from megatron_urlvr.exit_codes import ExitCode, UnusableInput
+from megatron_urlvr.run_dir import RunDir, write_text
+
+from .progress import job_watcher
+from .report import REPORT_FILE, write_series_report
+from .runs import Series, load_run
+from .scheduler import Job, Outcome, Scheduler
+
+CLI = (sys.executable, "-m", "megatron_urlvr.cli")
+"""The command that pretrains and trains."""
+
+
+@dataclass(frozen=True)
+class PlannedBase:
+    """One pretraining: a base of the study under one seed."""
+
+    job: str
+    config: PretrainConfig
+    arguments: tuple[str, ...]
+    folder: Path
+    """Holds `<snapshot>/` once it is done."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training run: a run of the study under one seed."""
+
+    key: str
+    """`<run>` or `<run>/seed<k>`: its folder below `runs/`."""
+    run: str
+    config: Config
+    arguments: tuple[str, ...]
+    base: PlannedBase | None
+    snapshot: str
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.dir)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a study runs."""
+
+    bases: list[PlannedBase]
+    runs: list[PlannedRun]
+
+
+def run_study(config: StudyConfig, path: Path, jobs: int | None = None, *, cli: Sequence[str] = CLI) -> int:
+    """Run what is not done yet of the study in the file `path`, then report on it. Returns the exit code: 0, 1 when
+    runs failed, 75 when a signal ended it early. Raises UnusableInput before anything is started."""
+    plan = plan_study(config, path)
+    folder = Path(config.dir)
+    write_text(_made(folder) / "study.yaml", to_yaml(config))
+    waiting = [run for run in plan.runs if not is_done(run)]
+    if skipped := len(plan.runs) - len(waiting):
+        print(f"{skipped} of {len(plan.runs)} runs are done already", flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with job_watcher() as watcher:
+        queue = study_jobs(plan.bases, waiting, folder / "logs", cli)
+        scheduler = Scheduler(queue, slots=jobs or config.jobs, environment=environment, watcher=watcher)
+        outcomes = scheduler.run()
+    if scheduler.interrupted:
+        print(f"interrupted; the same command continues: urlvr study {path}", flush=True)
+        return int(ExitCode.PREEMPTED)
+    failed = {name: outcome for name, outcome in outcomes.items() if outcome.state != "done"}
+    _report(config, plan, failed)
+    for name, outcome in failed.items():
+        print(f"{name} {outcome.state}: {outcome.reason}; log: {scheduler.jobs[name].log}", file=sys.stderr)
+    return int(ExitCode.FAILED if failed else ExitCode.DONE)
+
+
+# -- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def plan_study(config: StudyConfig, path: Path) -> Plan:
+    """Load every config of the study. UnusableInput lists what is wrong with any of them."""
+    plan, problems = Plan([], []), list[str]()
+    seeds: list[int | None] = [*config.seeds] or [None]
+    for seed in seeds:
+        bases: dict[str, PlannedBase] = {}
+        for name in config.bases:
+            try:
+                bases[name] = _plan_base(config, path, name, seed)
+            except UnusableInput as error:
+                problems.append(str(error))
+        for name, run in config.runs.items():
+            base, _, snapshot = (run.base or "").partition("/")
+            if run.base is not None and base not in bases:
+                continue  # its base's config is at fault, which is told already
+            try:
+                plan.runs.append(_plan_run(config, path, name, seed, bases.get(base), snapshot))
+            except UnusableInput as error:
+                problems.append(str(error))
+        plan.bases.extend(bases.values())
+    if problems:
+        raise UnusableInput("\n".join(dict.fromkeys(problems)))
+    plan.runs.sort(key=lambda run: list(config.runs).index(run.run))
+    return plan
+
+
+def _plan_base(config: StudyConfig, path: Path, name: str, seed: int | None) -> PlannedBase:
+    from megatron_urlvr.pretrain import base_dir  # late: it brings the policy's libraries along
+
+    spec = config.bases[name]
+    overrides = [*spec.overrides, *_settings({"run.seed": seed})]
+    file = path.parent / spec.config
+    loaded = load_config(file, overrides, PretrainConfig)
+    return PlannedBase(f"pretrain/{_key(name, seed)}", loaded, (str(file), *overrides), base_dir(loaded))
+
+
+def _plan_run(
+    config: StudyConfig, path: Path, name: str, seed: int | None, base: PlannedBase | None, snapshot: str
+) -> PlannedRun:
+    run, key = config.runs[name], _key(name, seed)
+    _check_snapshot(name, run, base, snapshot)
+    overrides = [
+        *run.overrides,
+        *_settings(
+            {
+                "run.name": key.replace("/", "-"),
+                "run.dir": str(Path(config.dir) / "runs" / key),
+                "run.seed": seed,
+                "model.path": str(base.folder / snapshot) if base is not None else None,
+            }
+        ),
+    ]
+    file = path.parent / run.config
+    loaded = load_config(file, overrides)
+    for eval_set in filter(None, (config.select_set, config.measure_set)):
+        if eval_set not in loaded.eval.sets or loaded.eval.every == 0:
+            raise UnusableInput(
+                f"runs.{name}: peaks are to be chosen on {config.select_set!r} and measured on {config.measure_set!r},"
+                f" but {file} does not evaluate {eval_set!r}; its sets: {', '.join(loaded.eval.sets) or 'none'}"
+            )
+    return PlannedRun(key, name, loaded, (str(file), *overrides), base, snapshot)
+
+
+def _check_snapshot(name: str, run: StudyRun, base: PlannedBase | None, snapshot: str) -> None:
+    if base is not None and snapshot not in base.config.snapshots:
+        known = base.config.snapshots
+        raise UnusableInput(
+            f"runs.{name}.base = {run.base!r}: its pretraining config has no snapshot {snapshot!r}."
+            f"{did_you_mean(snapshot, known)} Known: {', '.join(known)}."
+        )
+
+
+def _settings(values: Mapping[str, str | int | None]) -> list[str]:
+    """Overrides for the values that are there; text is quoted, so that YAML reads it as text."""
+    return [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+
+
+def _key(name: str, seed: int | None) -> str:
+    return name if seed is None else f"{name}/seed{seed}"
+
+
+def is_done(run: PlannedRun) -> bool:
+    """Whether the run has come to its end under these very settings. One that has other settings is left to `train`,
+    which knows which of them a run may change, and refuses the others."""
+    folder = RunDir(run.folder)
+    status = folder.read_status()
+    if not folder.done.exists() and (status is None or status.state != "stopped"):
+        return False
+    try:
+        return load_config(run.folder) == run.config
+    except UnusableInput:
+        return False
+
+
+# -- jobs -------------------------------------------------------------------------------------------------------------
+
+
+def study_jobs(
+    bases: Sequence[PlannedBase], runs: Sequence[PlannedRun], logs: Path, cli: Sequence[str] = CLI
+) -> list[Job]:
+    """A job for each run, and before them one for each base that a run needs; two bases that are the same are made
+    once."""
+    makers: dict[Path, str] = {}
+    jobs = []
+    needed = {run.base.job for run in runs if run.base is not None}
+    for base in bases:
+        if base.job in needed and base.folder not in makers:
+            makers[base.folder] = base.job
+            log = logs / "pretrain" / f"{base.job.removeprefix('pretrain/').replace('/', '-')}.log"
+            jobs.append(Job(base.job, (*cli, "pretrain", *base.arguments), log))
+    for run in runs:
+        jobs.append(
+            Job(
+                run.key,
+                (*cli, "train", *run.arguments),
+                logs / f"{run.key.replace('/', '-')}.log",
+                after=(makers[run.base.folder],) if run.base is not None else (),
+                obstacle=_MissingSnapshot(run),
+                steps=run.config.run.steps,
+                metrics=RunDir(run.folder).metrics,
+            )
+        )
+    return jobs
+
+
+@dataclass(frozen=True)
+class _MissingSnapshot:
+    """Says that pretraining ended without the snapshot that a run starts from."""
+
+    run: PlannedRun
+
+    def __call__(self) -> str | None:
+        base = self.run.base
+        if base is None or (base.folder / self.run.snapshot).is_dir():
+            return None
+        return (
+            f"{base.job} ended without the snapshot {self.run.snapshot}: {base.folder / self.run.snapshot} is not there"
+        )
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+def study_series(config: StudyConfig, plan: Plan) -> list[Series]:
+    """One series a run of the study, with its replicates; runs that never began are left out."""
+    out = []
+    for name, spec in config.runs.items():
+        began = [run for run in plan.runs if run.run == name and RunDir(run.folder).config.exists()]
+        if began:
+            records = [load_run(run.folder) for run in began]
+            out.append(Series(spec.label or name, records, base=_base_name(config, spec)))
+    return out
+
+
+def _base_name(config: StudyConfig, spec: StudyRun) -> str:
+    """The snapshot's name, with its base's where another base has a snapshot of that name; empty without a base."""
+    if spec.base is None:
+        return ""
+    snapshot = spec.base.partition("/")[2]
+    clash = any(
+        other.base != spec.base and (other.base or "").endswith("/" + snapshot) for other in config.runs.values()
+    )
+    return spec.base if clash else snapshot
+
+
+def _report(config: StudyConfig, plan: Plan, failed: Mapping[str, Outcome]) -> None:
+    """Write the report on every run that began, and say where everything is."""
+    folder = Path(config.dir)
+    series = study_series(config, plan)
+    if not series:
+        return
+    notes = [*config.notes, *(f"{name} {outcome.state}: {outcome.reason}." for name, outcome in failed.items())]
+    page = write_series_report(
+        series,
+        folder / "report" / REPORT_FILE,
+        title=config.title,
+        notes=notes,
+        select_set=config.select_set,
+        measure_set=config.measure_set,
+    )
+    overview = page.parent / "overview.png"
+    print(f"report       {page}")
+    if overview.exists():
+        print(f"figure       {overview}")
+    print(f"runs         urlvr runs {folder / 'runs'}")
+    print(f"checkpoints  {folder / 'runs'}/<run>/checkpoints")
+    print(f"TensorBoard  tensorboard --logdir {folder / 'runs'}", flush=True)
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnusableInput(f"dir = {str(folder)!r} cannot be made a folder: {error.strerror}.") from error
+    return folder
