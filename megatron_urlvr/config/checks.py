@@ -93,7 +93,7 @@ def _shards(config: Config, hf_config: Mapping[str, Any]) -> Iterator[str]:
 
 def _uneven(setting: str, size: int, what: str, count: int, config: Config) -> str:
     fits = [str(number) for number in range(1, count + 1) if count % number == 0][:8]
-    more = ", ..." if fits[-1] != str(count) else ""
+    more = " and more" if fits[-1] != str(count) else ""
     return (
         f"{setting} = {size} does not divide the {count} {what} of model.path = {config.model.path!r}: "
         f"these sizes do: {', '.join(fits)}{more}."
