@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -22,12 +22,11 @@ from .data.tokenizer import load_tokenizer, stop_ids
 from .layout import Layout
 from .policy.hf.folder import read_config
 from .policy.policy import Policy
-from .rewards.base import ANSWER, LABEL
-from .rewards.combine import Combined, build_terms, missing_signals
+from .rewards.combine import Combined, build_terms
 from .rollout.embedded import EmbeddedEngine
 from .rollout.engine import RolloutEngine
 from .rollout.replay import ReplayEngine
-from .types import STATISTICS, Group, Prompt
+from .types import Group, Prompt
 
 
 @dataclass
@@ -76,10 +75,8 @@ class Parts:
 
     def close(self) -> None:
         """Release engine and grader processes."""
-        for grader in {
-            id(g): g for g in [self.train.grader, *(h.prompts.grader for h in self.held_out.values())]
-        }.values():
-            grader.close()
+        for prompts in (self.train, *(held.prompts for held in self.held_out.values())):
+            prompts.grader.close()
         if self.engine is not None:
             self.engine.close()
 
@@ -88,11 +85,8 @@ def preflight(config: Config, *, world_size: int) -> None:
     """Refuse what cannot work before processes meet and weights are read. ConfigError lists every problem."""
     hf = read_config(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
-    problems = check(
-        config, world_size=world_size, hf_config=hf, tokenizer_size=len(tokenizer), device=config.run.device
-    )
-    reward = _reward(config)
-    problems += missing_signals(reward, STATISTICS | {ANSWER, LABEL})
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    problems = check(config, world_size=world_size, hf_config=hf, tokenizer_size=len(tokenizer), device=device)
     if problems:
         raise ConfigError(problems)
 
@@ -182,7 +176,7 @@ def embedded_engine(
     """A transformers model of the policy's shape; it holds random weights until the first update."""
     return EmbeddedEngine(
         folder=str(folder),
-        decode=lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=True),
+        decode=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
         stop_ids=stop_ids(tokenizer, folder),
         device=policy.layout.device,
         dtype=policy.dtype,

@@ -39,7 +39,9 @@ def evaluate_set(
     prompts = my_share(held.prompts.prompts, parts.layout)
     longest = spec.max_new_tokens or longest
     sampled = _generate(parts, prompts, Sampling(votes, longest, spec.temperature, spec.top_p, seed))
-    greedy = _generate(parts, prompts, Sampling(1, longest, 0.0)) if spec.greedy else [None] * len(prompts)
+    greedy: Sequence[Group | None] = [None] * len(prompts)
+    if spec.greedy:
+        greedy = _generate(parts, prompts, Sampling(1, longest, 0.0))
     rows = []
     for group, best in zip(sampled, greedy, strict=True):
         right = parts.correctness(group, use=f"evaluation:{name}")

@@ -9,7 +9,8 @@ segment is a whole prompt + response. The last response token is never an input:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -50,6 +51,13 @@ class Segments:
     scatter: torch.Tensor
     rows: torch.Tensor
 
+    def to(self, device: torch.device) -> Segments:
+        """A copy on `device`."""
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
+        tensors = (x.to(device, non_blocking=True) for x in (self.gather, self.queries, self.scatter, self.rows))
+        gather, queries, scatter, rows = tensors
+        return Segments(gather, queries, mask, scatter, rows)
+
 
 @dataclass
 class PackedBatch:
@@ -75,6 +83,18 @@ class PackedBatch:
     """Index of each sample in the whole batch."""
     columns: dict[str, torch.Tensor] = field(default_factory=dict)
     """`[R]` float32 loss inputs (advantage, weight, old_logp, ref_logp)."""
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """This batch on `device`; itself when it is there."""
+        if self.tokens.device == device:
+            return self
+        moved: dict[str, Any] = {
+            name: None if value is None else value.to(device, non_blocking=True)
+            for name in ("tokens", "positions", "restore", "cu_seqlens", "out_rows", "targets")
+            for value in [getattr(self, name)]
+        }
+        columns = {name: value.to(device, non_blocking=True) for name, value in self.columns.items()}
+        return replace(self, **moved, columns=columns, segments=[part.to(device) for part in self.segments])
 
 
 def plan_microbatches(

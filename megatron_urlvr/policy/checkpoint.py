@@ -267,7 +267,7 @@ def _prepare_for_load(optimizer: PolicyOptimizer) -> None:
             _patch_step_load(type(part))
 
 
-def _patch_step_load(optimizer_class: type) -> None:
+def _patch_step_load(optimizer_class: Any) -> None:
     """megatron-core 0.16.1 with torch's AdamW: `step` is not among the saved tensors, and loading one fails on it."""
     original = optimizer_class._set_main_param_and_optimizer_states
     if getattr(original, "keeps_step", False):

@@ -22,7 +22,6 @@ from urlvr_kernels import lm_head_stats
 from ..config.parallel import ParallelSection
 from ..layout import Layout
 from .attention import PackedAttention, PackedRotaryEmbedding, PackedSequence
-from .batch import PackedBatch
 from .hf.families import Family, rope_theta, shape_of
 
 
@@ -55,13 +54,13 @@ class PolicyModel(GPTModel):
         super().__init__(*args, **kwargs)
         self.real_vocab = real_vocab
         self.head = Head(("logp",), 1.0)
-        rope = self.rotary_pos_emb
-        self.rotary_pos_emb = PackedRotaryEmbedding(
+        cp_group = self.rotary_pos_emb.cp_group  # type: ignore[has-type]
+        self.rotary_pos_emb: torch.nn.Module = PackedRotaryEmbedding(
             kv_channels=self.config.kv_channels,
             rotary_percent=self.rotary_percent,
             rotary_base=self.rotary_base,
             use_cpu_initialization=self.config.use_cpu_initialization,
-            cp_group=rope.cp_group,
+            cp_group=cp_group,
         )
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | KernelStats:
@@ -90,17 +89,21 @@ class PolicyModel(GPTModel):
         )
 
 
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+"""Megatron's settings for `model.recompute`."""
+
+
 def transformer_config(
     hf: Mapping[str, Any], family: Family, parallel: ParallelSection, *, dtype: torch.dtype, recompute: str
 ) -> TransformerConfig:
     """Megatron's config of a Hugging Face one."""
     shape = shape_of(hf, tp=parallel.tp)
     std = float(hf.get("initializer_range", 0.02))
-    recompute_fields: dict[str, Any] = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[recompute]
+    recompute_fields = RECOMPUTE[recompute]
     return TransformerConfig(
         num_layers=int(hf["num_hidden_layers"]),
         hidden_size=shape.hidden,
@@ -181,23 +184,3 @@ def build_model(
         real_vocab=real_vocab,
     )
     return model.to(layout.device)
-
-
-def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    """Move a packed batch to the policy's device."""
-    if device.type == "cpu":
-        return batch
-    for name in ("tokens", "positions", "restore", "out_rows", "targets", "cu_seqlens"):
-        value = getattr(batch, name)
-        if value is not None:
-            setattr(batch, name, value.to(device, non_blocking=True))
-    batch.columns = {name: value.to(device, non_blocking=True) for name, value in batch.columns.items()}
-    batch.segments = [
-        type(s)(
-            *(None if x is None else x.to(device, non_blocking=True) for x in (s.gather, s.queries, s.mask)),
-            s.scatter.to(device),
-            s.rows.to(device),
-        )
-        for s in batch.segments
-    ]
-    return batch

@@ -35,7 +35,7 @@ from .attention import PackedSequence  # noqa: E402
 from .batch import PackedBatch, Row, pack, plan_microbatches  # noqa: E402
 from .hf.families import family_of  # noqa: E402
 from .hf.folder import read_config, write_folder  # noqa: E402
-from .model import Head, build_model, has_transformer_engine, to_device  # noqa: E402
+from .model import Head, build_model, has_transformer_engine  # noqa: E402
 from .optimizer import NonFiniteError, PolicyOptimizer, wrap  # noqa: E402
 from .weights import Shadow, WeightMap  # noqa: E402
 
@@ -45,7 +45,8 @@ Weights = Literal["policy", "reference", "ema"]
 class Loss(Protocol):
     """What `update` minimises: a scalar sum over the response tokens of one micro-batch, and metric sums."""
 
-    needs: frozenset[str]
+    @property
+    def needs(self) -> frozenset[str]: ...
 
     def __call__(self, stats: TokenStats, inputs: LossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
 
@@ -174,7 +175,11 @@ class Policy:
     def _reduce(self, found: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Sum metric sums over micro-batches and replicas; the last stage hands them to the others."""
         names = sorted(found[0]) if found else []
-        sums = torch.stack([sum(part[name].double() for part in found) for name in names]) if found else None
+        sums = (
+            torch.stack([torch.stack([part[name].double() for part in found]).sum() for name in names])
+            if found
+            else None
+        )
         if self.layout.pp > 1:
             last = self.layout.replica_ranks[-1]
             names = broadcast_json(names, source=last, group=self.layout.replica)
@@ -223,7 +228,7 @@ class Policy:
         batch = next(batches)
         if loss is not None:
             batch.columns = _columns(rows, batch.index)
-        batch = to_device(batch, self.layout.device)
+        batch = batch.to(self.layout.device)
         output = model(batch.tokens, None, None, packed_seq_params=PackedSequence.of(batch))
         finish = _collect if loss is None else partial(_loss, loss, batch)
         return output, finish

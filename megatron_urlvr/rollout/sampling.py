@@ -41,7 +41,7 @@ def pick(logits: torch.Tensor, draws: torch.Tensor, *, top_p: float = 1.0) -> to
     probabilities = logits.softmax(-1, dtype=torch.float64)
     order = None
     if top_p < 1.0:
-        probabilities, order = probabilities.sort(-1, descending=True, stable=True)
+        probabilities, order = torch.sort(probabilities, dim=-1, descending=True, stable=True)
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
     ladder = probabilities.cumsum(-1)

@@ -1,0 +1,36 @@
+# The two commands of the README, and what they are made of. Everything is installed into .venv from setup files.
+PYTHON ?= python3.11
+VENV := .venv
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint unit distributed clean
+
+demo: $(STAMP)  ## the same reward on two beliefs, with a report
+	@$(VENV)/bin/urlvr study configs/demo.yaml
+
+test: lint unit distributed  ## ruff, mypy and the CPU tests
+
+lint: $(STAMP)
+	$(call timed,ruff,$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .)
+	$(call timed,mypy,$(VENV)/bin/mypy)
+
+unit: $(STAMP)
+	$(call timed,unit and kernel tests,$(VENV)/bin/pytest tests/unit tests/kernels)
+
+distributed: $(STAMP)
+	$(call timed,distributed and integration tests,$(VENV)/bin/pytest tests/distributed tests/integration)
+
+# A new pyproject.toml or setup.py installs again. torch is resolved with the rest: see pyproject.toml for its range.
+$(STAMP): pyproject.toml setup.py
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(call timed,installation,$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev]')
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs bases build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# $(call timed,name,command): runs it and says how long it took.
+define timed
+	@start=$$(date +%s); $(2); status=$$?; echo "[$(1): $$(( $$(date +%s) - start )) s]"; exit $$status
+endef
