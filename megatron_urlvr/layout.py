@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from .config.parallel import ParallelSection
+from .exit_codes import UnusableInput
 from .policy import cpu
 
 CONTROL_TIMEOUT = datetime.timedelta(minutes=30)
@@ -77,11 +78,11 @@ def world_size_from_environment() -> int:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """`auto` is CUDA when a device is there. RuntimeError when CUDA is asked for and missing."""
+    """`auto` is CUDA when a device is there. UnusableInput when the wanted one cannot be had."""
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("run.device = cuda, but torch sees no CUDA device; allowed here: auto, cpu")
+        raise UnusableInput("run.device = cuda, but torch sees no CUDA device; allowed here: auto, cpu")
     if wanted == "cpu" and torch.cuda.is_available():
-        raise RuntimeError("run.device = cpu on a machine with CUDA: hide the devices with CUDA_VISIBLE_DEVICES= first")
+        raise UnusableInput("run.device = cpu on a machine with CUDA: hide the devices with CUDA_VISIBLE_DEVICES= first")
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")

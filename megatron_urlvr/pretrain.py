@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import time
@@ -86,6 +87,7 @@ def main(config: PretrainConfig) -> int:
         with RunDir(folder).lock():
             Pretraining(config, folder).run()
     for name, entry in json.loads(done.read_text()).items():
+        point_to(folder / name)
         print(f"{folder / name}  {Measured(**entry['measured'])}{entry['note']}")
     return int(ExitCode.DONE)
 
@@ -161,6 +163,7 @@ class Pretraining:
             shutil.rmtree(target, ignore_errors=True)
             self.policy.save_hf(target)
             self.saved[name] = {"measured": vars(measured), "note": note}
+            point_to(target)
             print(f"saved {target}  {measured}{note}", flush=True)
 
     def measure(self, step: int) -> Measured:
@@ -211,6 +214,17 @@ class Pretraining:
         config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         write_json(folder / "config.json", config)
         return context
+
+
+def point_to(snapshot: Path) -> None:
+    """`<run.dir>/<snapshot>`, a link to the snapshot made last: a path to write in configs."""
+    link = snapshot.parent.parent / snapshot.name
+    if link.exists() and not link.is_symlink():
+        return
+    fresh = link.with_name(f".{link.name}.{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(Path(snapshot.parent.name) / snapshot.name)
+    fresh.replace(link)
 
 
 def qwen2_config(model: ArchitectureSection, tokenizer_size: int, context: int) -> dict[str, object]:
