@@ -12,7 +12,7 @@ from .backends import choose_ops
 from .call import HeadCall, wide_dtype
 from .head import head_statistics
 from .logits import LogitsCall, logits_statistics
-from .stats import IGNORED, TokenStats
+from .stats import TokenStats
 from .tp import TensorParallel
 
 DEFAULT_STASH_BYTES = 512 << 20
@@ -89,15 +89,15 @@ def lm_head_stats(
         checks.check_row_index(row_index, total, hidden)
     rows = total if row_index is None else row_index.shape[0]
     known_size = vocab_size if vocab_size is not None else (weight.shape[0] if tp.size == 1 else None)
-    if target is not None:
-        checks.check_target(target, rows, known_size, "hidden", hidden)
+    ignored = None if target is None else checks.check_target(target, rows, known_size, "hidden", hidden)
     inv_tau = checks.resolve_temperature(temperature, rows, wide_dtype(hidden.dtype), "hidden", hidden)
     if upstream is not None:
         checks.check_upstream(upstream, names, rows, "hidden", hidden)
 
-    keep, ignored = _left_out(target)
-    if keep is not None:
+    keep = None
+    if ignored is not None and _drops_ignored_rows(hidden):
         assert target is not None
+        keep, ignored = torch.nonzero(~ignored).squeeze(1), None
         target = target[keep]
         row_index = keep if row_index is None else row_index[keep]
         inv_tau = inv_tau[keep] if isinstance(inv_tau, torch.Tensor) else inv_tau
@@ -149,9 +149,7 @@ def logits_stats(
     names = checks.check_outputs(outputs, target)
     rows = logits.shape[0]
     known_size = vocab_size if vocab_size is not None else (logits.shape[1] if tp.size == 1 else None)
-    if target is not None:
-        checks.check_target(target, rows, known_size, "logits", logits)
-    ignored = None if target is None else target == IGNORED
+    ignored = None if target is None else checks.check_target(target, rows, known_size, "logits", logits)
     call = LogitsCall(
         ops=choose_ops(backend, logits),
         outputs=names,
@@ -167,21 +165,10 @@ def logits_stats(
     return _assemble(logits_statistics(logits, call), rows, None, ignored)
 
 
-def _left_out(target: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """`(rows to keep, mask of rows to blank)`: on CPUs ignored rows are dropped; a GPU cannot be asked how many there
-    are without waiting for it, so there they are blanked."""
-    if target is None:
-        return None, None
-    ignored = target == IGNORED
-    if not _drops_ignored_rows(target):
-        return None, ignored
-    if not bool(ignored.any()):
-        return None, None
-    return torch.nonzero(~ignored).squeeze(1), None
-
-
-def _drops_ignored_rows(target: torch.Tensor) -> bool:
-    return target.device.type == "cpu"
+def _drops_ignored_rows(hidden: torch.Tensor) -> bool:
+    """On CPUs ignored rows are dropped. A GPU cannot be asked how many there are without waiting for it, so there they
+    are blanked instead."""
+    return hidden.device.type == "cpu"
 
 
 def _assemble(

@@ -30,6 +30,7 @@ class Ops(Protocol):
         target: torch.Tensor | None,
         first: int,
         inv_tau: torch.Tensor | float | None,
+        whole: bool = False,
         consume: bool = False,
         masked: bool = False,
     ) -> None:
@@ -44,6 +45,7 @@ class Ops(Protocol):
         target: torch.Tensor | None,
         first: int,
         inv_tau: torch.Tensor | float | None,
+        whole: bool = False,
         masked: bool = False,
     ) -> None:
         """Writes the gradient with respect to a tile of logits into `out`."""

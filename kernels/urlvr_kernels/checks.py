@@ -168,19 +168,26 @@ def check_vocabulary(
     return min(max(vocab_size - vocab_start, 0), columns)
 
 
-def check_target(target: torch.Tensor, rows: int, vocab_size: int | None, like_name: str, like: torch.Tensor) -> None:
-    """Global ids in range, or -100."""
+def check_target(
+    target: torch.Tensor, rows: int, vocab_size: int | None, like_name: str, like: torch.Tensor
+) -> torch.Tensor | None:
+    """Global ids in range, or -100. Returns the mask of ignored rows; None where there are known to be none (CPUs)."""
     check_rows("target", target, rows, like_name, like)
     _require(
         target.dtype in (torch.int64, torch.int32),
         f"target: dtype {target.dtype}; token ids must be int64 or int32.",
     )
-    allowed = (target >= 0) if vocab_size is None else (target >= 0) & (target < vocab_size)
     limit = "the vocabulary" if vocab_size is None else f"0 .. {vocab_size - 1}"
-    require_everywhere(
-        allowed | (target == IGNORED),
-        f"target: ids outside {limit}; rows to leave out carry {IGNORED}.",
-    )
+    sentence = f"target: ids outside {limit}; rows to leave out carry {IGNORED}."
+    if target.device.type == "cpu" and rows:
+        low, high = (int(bound) for bound in target.aminmax())
+        _require(vocab_size is None or high < vocab_size, sentence)
+        if low >= 0:
+            return None
+    ignored = target == IGNORED
+    allowed = ignored | (target >= 0)
+    require_everywhere(allowed if vocab_size is None else allowed & (target < vocab_size), sentence)
+    return ignored
 
 
 def resolve_temperature(

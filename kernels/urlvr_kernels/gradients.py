@@ -94,7 +94,9 @@ class WeightGrad:
         written_once = weight.is_cuda and rows <= tiling.tile_rows
         dtype = weight.dtype if written_once else wide_dtype(weight.dtype)
         self._total = weight.new_empty(weight.shape, dtype=dtype)
-        self._total[call.valid if rows else 0 :].zero_()
+        written = call.valid if rows else 0
+        if written < weight.shape[0]:
+            self._total[written:].zero_()
 
     def add(self, columns: slice, dlogits: torch.Tensor, hidden: torch.Tensor, *, fresh: bool) -> None:
         """Adds `dlogits.T @ hidden` to the rows of the vocabulary chunk `columns`; `fresh`: the first."""

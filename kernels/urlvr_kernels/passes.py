@@ -61,13 +61,15 @@ class Workspace:
         return self._flat[offset : offset + shape[0] * shape[1]].view(shape)
 
 
-def _parts(chunks: list[slice], rows: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _parts(chunks: list[slice], rows: int, like: torch.Tensor, call: HeadCall) -> torch.Tensor:
     """Room for the states of a block's chunks, `[n, 8, rows]`."""
+    wide = wide_dtype(like.dtype)
     if not chunks:  # a shard of padding alone
-        return empty_state(0, rows, like=like, dtype=dtype).unsqueeze(0)
-    parts = like.new_empty(len(chunks), FIELDS, rows, dtype=dtype)
-    parts[:, COUNT] = chunks[0].stop
-    parts[-1, COUNT] = chunks[-1].stop - chunks[-1].start
+        return empty_state(0, rows, like=like, dtype=wide).unsqueeze(0)
+    parts = like.new_empty(len(chunks), FIELDS, rows, dtype=wide)
+    if len(chunks) > 1 or call.tp.group is not None:  # a state that is merged with nothing needs no count
+        parts[:, COUNT].fill_(chunks[0].stop)
+        parts[-1, COUNT].fill_(chunks[-1].stop - chunks[-1].start)
     return parts
 
 
@@ -96,7 +98,7 @@ def forward_pass(
     chunks = tiling.chunks(call.valid)
     states = []
     for block in tiling.blocks(rows.shape[0]):
-        parts = _parts(chunks, block.stop - block.start, rows, wide)
+        parts = _parts(chunks, block.stop - block.start, rows, call)
         for part, columns in zip(parts, chunks, strict=False):
             chunk_weight = weight[columns].to(rows.dtype)
             for tile in tiling.tiles(block):
@@ -157,7 +159,7 @@ def one_pass(
     chunks = tiling.chunks(call.valid)
     found: list[dict[str, torch.Tensor]] = []
     for block in tiling.blocks(count):
-        parts = _parts(chunks, block.stop - block.start, rows, wide_dtype(hidden.dtype))
+        parts = _parts(chunks, block.stop - block.start, rows, call)
         for part, columns in zip(parts, chunks, strict=False):
             chunk_weight = weight[columns].to(rows.dtype)
             for tile in tiling.tiles(block):
@@ -244,6 +246,7 @@ def _row_state(
         target=None if call.target is None else call.target[tile],
         first=call.first + columns.start,
         inv_tau=cut(scale, tile),
+        whole=_whole(call, columns),
         consume=consume,
     )
 
@@ -264,7 +267,13 @@ def _dlogits(
         target=None if call.target is None else call.target[tile],
         first=call.first + columns.start,
         inv_tau=cut(scale, tile),
+        whole=_whole(call, columns),
     )
+
+
+def _whole(call: HeadCall, columns: slice) -> bool:
+    """Whether every row's target is known to be among these columns."""
+    return call.tp.group is None and call.ignored is None and columns.stop - columns.start == call.valid
 
 
 def _inside(tile: slice, block: slice) -> slice:

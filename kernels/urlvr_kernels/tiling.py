@@ -67,8 +67,8 @@ def tile_one_pass(rows: int, columns: int, *, itemsize: int, device: torch.devic
     if block >= 128:
         block = block // 128 * 128
     if device.type == "cpu":
-        chunk = max(1, CPU_TILE_BYTES // (min(block, CPU_TILE_ROWS) * itemsize))
-        return Tiling(block, min(block, CPU_TILE_ROWS), min(chunk, columns))
+        inner = tile_head(block, columns, itemsize=itemsize, device=device, workspace_bytes=workspace_bytes)
+        return Tiling(block, min(inner.tile_rows, block), inner.chunk)
     return Tiling(block, block, columns)
 
 

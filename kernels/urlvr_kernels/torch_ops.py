@@ -26,13 +26,15 @@ class TorchOps:
         target: torch.Tensor | None,
         first: int,
         inv_tau: torch.Tensor | float | None,
+        whole: bool = False,
         consume: bool = False,
         masked: bool = False,
     ) -> None:
         """Writes the state of `logits` `[R, C]` into `state` `[8, R]`, whose COUNT is set already.
 
         target: `[R]` global ids, or None; first: global id of column 0; inv_tau: `[R]`, a number, or None for 1;
-        consume: `logits` may be overwritten; masked: logits may be -inf (grammar masks).
+        whole: every target is among the columns; consume: `logits` may be overwritten; masked: logits may be -inf
+        (grammar masks).
         """
         z = _scaled(logits, state.dtype, inv_tau)
         where = None
@@ -47,8 +49,11 @@ class TorchOps:
         d = z.sub_(centre) if consume or z is not logits else z - centre
         if wanted.target:
             assert target is not None
-            here, local = _here(target, first, z.shape[1])
-            torch.where(here, d.gather(1, local).squeeze(1), _scalar(-math.inf, d), out=state[TARGET])
+            if whole:
+                torch.gather(d, 1, _columns(target, first), out=state[TARGET].unsqueeze(1))
+            else:
+                here, local = _here(target, first, z.shape[1])
+                torch.where(here, d.gather(1, local).squeeze(1), _scalar(-math.inf, d), out=state[TARGET])
         if wanted.spread:
             torch.sum(d, 1, out=state[SPREAD])
         if not wanted.centred and where is None:
@@ -73,6 +78,7 @@ class TorchOps:
         target: torch.Tensor | None,
         first: int,
         inv_tau: torch.Tensor | float | None,
+        whole: bool = False,
         masked: bool = False,
     ) -> None:
         """Writes the gradient with respect to the unscaled `logits` `[R, C]` into `out`, which may be `logits`.
@@ -95,8 +101,11 @@ class TorchOps:
             dz = q.mul_(slopes.beta.unsqueeze(1)).add_(slopes.alpha.unsqueeze(1)).mul_(p)
         if slopes.label is not None:
             assert target is not None
-            here, local = _here(target, first, dz.shape[1])
-            dz.scatter_add_(1, local, torch.where(here, slopes.label, _scalar(0.0, dz)).unsqueeze(1))
+            if whole:
+                dz.scatter_add_(1, _columns(target, first), slopes.label.unsqueeze(1))
+            else:
+                here, local = _here(target, first, dz.shape[1])
+                dz.scatter_add_(1, local, torch.where(here, slopes.label, _scalar(0.0, dz)).unsqueeze(1))
         if slopes.uniform is not None:
             dz.add_(slopes.uniform.unsqueeze(1))
         if inv_tau is not None:
@@ -118,8 +127,14 @@ def _scaled(logits: torch.Tensor, dtype: torch.dtype, inv_tau: torch.Tensor | fl
     return z * (inv_tau.unsqueeze(1) if isinstance(inv_tau, torch.Tensor) else inv_tau)
 
 
+def _columns(target: torch.Tensor, first: int) -> torch.Tensor:
+    """`[R, 1]` int64 column of each target."""
+    local = target if first == 0 else target - first
+    return local.to(torch.int64).unsqueeze(1)
+
+
 def _here(target: torch.Tensor, first: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`([R] bool: the target is among the columns, [R, 1] its column, clamped into range elsewhere)`."""
-    local = target - first
+    local = _columns(target, first)
     inside = local.clamp(0, columns - 1)
-    return local == inside, inside.unsqueeze(1)
+    return (local == inside).squeeze(1), inside
