@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from .config.parallel import ParallelSection
 from .config.pretrain import ArchitectureSection, PretrainConfig, Snapshot
 from .data.grading.annotate import annotate
 from .data.tasks import Task, TaskPrompt, get_task
+from .data.tasks.base import split_of
 from .data.tokenizer import load_tokenizer, save_tokenizer
 from .exchange import derive_seed
 from .exit_codes import ExitCode, UnusableInput
@@ -37,6 +39,8 @@ from .run_dir import RunDir, write_json
 from .types import Group, Prompt, Sampling, TokenStats
 
 SUMMARY = "pretraining.json"
+MOST_PROMPTS = 60_000
+"""Demonstrations are drawn anew each time, so that more prompts than this change nothing."""
 
 
 def base_dir(config: PretrainConfig) -> Path:
@@ -124,7 +128,7 @@ class Pretraining:
         """Train until every snapshot is saved. UnusableInput when a band was never reached."""
         config = self.config
         rng = random.Random(derive_seed(config.run.seed, "pretrain"))
-        pool = self.task.prompts(min(config.run.steps * config.run.batch, 60000), seed=config.run.seed, split="train")
+        pool = self._training_prompts(min(config.run.steps * config.run.batch, MOST_PROMPTS))
         loss = NextToken()
         self.take_snapshots(0)
         for step in range(1, config.run.steps + 1):
@@ -147,6 +151,11 @@ class Pretraining:
             )
         write_json(self.folder / SUMMARY, self.saved)
         shutil.rmtree(self.folder / "start", ignore_errors=True)
+
+    def _training_prompts(self, most: int) -> list[TaskPrompt]:
+        """Distinct prompts of the training split: `most`, or all that a small task has."""
+        drawn = (prompt for prompt in self.task.draw(self.config.run.seed) if split_of(prompt.text) == "train")
+        return list(islice(drawn, most))
 
     def take_snapshots(self, step: int) -> None:
         """Save every pending snapshot whose rule holds after `step`."""

@@ -7,11 +7,13 @@ A checkpoint is written under a temporary name, gets a manifest of its files, an
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-import pickletools
+import pickle
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +34,18 @@ HASHED_BELOW = 64 << 20
 """Files up to this size are verified by SHA-256, larger ones by size."""
 _NAME = re.compile(r"step_(\d{6,})")
 
-# Modules whose classes torch's checkpoint index may name. It is a pickle: anything else in it is refused unread.
-_INDEX_MODULES = (
-    "torch.distributed.checkpoint.",
-    "torch.distributed._shard.",
-    "torch",
-    "torch._utils",
-    "torch.serialization",
-    "collections",
-    "pathlib",
-    "megatron.core.dist_checkpointing.",
-)
-_INDEX_BUILTINS = {"set", "frozenset", "bytearray", "slice", "complex", "range", "getattr"}
+# What torch's checkpoint index is made of. It is a pickle, which may name any function and call it: one that names
+# anything else is refused, and nothing in it is called to find out.
+_INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
+_INDEX_NAMES = {
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("collections", "OrderedDict"),
+    ("builtins", "set"),
+    ("builtins", "frozenset"),
+}
 
 
 class CheckpointError(RuntimeError):
@@ -117,7 +119,10 @@ def load(policy: Policy, path: Path) -> dict[str, Any]:
     if policy.optimizer is not None:
         _prepare_for_load(policy.optimizer)
     state = _sharded_state(policy, loading=True)
-    loaded = dist_checkpointing.load(state, str(path))
+    with warnings.catch_warnings():
+        # torch 2.13 deprecates the sharded tensors that megatron-core 0.16.1 hands to it.
+        warnings.filterwarnings("ignore", message="Please use DTensor", category=FutureWarning)
+        loaded = dist_checkpointing.load(state, str(path))
     policy.model.load_state_dict(loaded["model"])
     if policy.optimizer is not None:
         policy.optimizer.megatron.load_state_dict(loaded["optimizer"])
@@ -152,11 +157,12 @@ def verify(path: Path, fingerprint: dict[str, Any]) -> str:
     """A sentence that says what is wrong with a checkpoint; empty when it is whole and of this model."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError):
+        written, files, model = manifest["format"], manifest["files"].items(), manifest["model"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return f"checkpoint {path} is refused: it has no readable {MANIFEST}, so it is not one of this program's"
-    if manifest.get("format") != FORMAT:
-        return f"checkpoint {path} is refused: format {manifest.get('format')!r}, this program reads {FORMAT}"
-    for name, entry in manifest["files"].items():
+    if written != FORMAT:
+        return f"checkpoint {path} is refused: format {written!r}, this program reads {FORMAT}"
+    for name, entry in files:
         file = path / name
         if not file.is_file():
             return f"checkpoint {path} is refused: {name} is missing"
@@ -164,28 +170,59 @@ def verify(path: Path, fingerprint: dict[str, Any]) -> str:
             return f"checkpoint {path} is refused: {name} holds {file.stat().st_size} bytes of {entry['bytes']}"
         if "sha256" in entry and _sha256(file) != entry["sha256"]:
             return f"checkpoint {path} is refused: the contents of {name} have changed since it was written"
-    if manifest["model"] != fingerprint:
-        differing = sorted(
-            k for k in {*manifest["model"], *fingerprint} if manifest["model"].get(k) != fingerprint.get(k)
-        )
+    if model != fingerprint:
+        differing = sorted(k for k in {*model, *fingerprint} if model.get(k) != fingerprint.get(k))
         return f"checkpoint {path} is refused: it belongs to another model or layout ({', '.join(differing)} differ)"
-    if unsafe := _unsafe_names(path / ".metadata"):
+    try:
+        unsafe = _unsafe_names(path / ".metadata")
+    except Exception as error:  # a broken pickle raises whatever its bytes happen to ask for
+        return f"checkpoint {path} is refused: its index cannot be read ({type(error).__name__}: {error})"
+    if unsafe:
         return f"checkpoint {path} is refused: its index names {', '.join(unsafe)}, which no checkpoint needs"
     return ""
 
 
 def _unsafe_names(index: Path) -> list[str]:
-    """Globals in torch's pickled checkpoint index that are outside the allowed modules; nothing is executed."""
-    bad, strings = [], []
-    for opcode, argument, _ in pickletools.genops(index.read_bytes()):
-        if isinstance(argument, str) and "UNICODE" in opcode.name:
-            strings.append(argument)
-        if opcode.name in ("GLOBAL", "STACK_GLOBAL"):
-            module, name = str(argument).split(" ", 1) if opcode.name == "GLOBAL" else strings[-2:]
-            allowed = any(module == m.rstrip(".") or (m.endswith(".") and module.startswith(m)) for m in _INDEX_MODULES)
-            if not allowed and not (module in ("builtins", "__builtin__") and name in _INDEX_BUILTINS):
-                bad.append(f"{module}.{name}")
-    return bad
+    """What torch's pickled checkpoint index names that no index needs; nothing in it is called to find out."""
+    names = _Names(io.BytesIO(index.read_bytes()))
+    names.load()
+    return sorted(f"{module}.{name}" for module, name in names.found if not _belongs_in_index(module, name))
+
+
+def _belongs_in_index(module: str, name: str) -> bool:
+    if "." in name:  # reaches through a module into whatever it has imported
+        return False
+    is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+    return is_dtype or module in _INDEX_MODULES or (module, name) in _INDEX_NAMES
+
+
+class _Names(pickle.Unpickler):
+    """Reads a pickle with an inert object in place of everything that it names, and keeps the names."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.found: set[tuple[str, str]] = set()
+
+    def find_class(self, module: str, name: str) -> Any:
+        self.found.add((module, name))
+        return _Inert
+
+
+class _Inert:
+    """Can be made, called, filled and used as a key, and does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
+        return self
+
+    def __setstate__(self, state: Any) -> None: ...
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+    def append(self, item: Any) -> None: ...
+    def extend(self, items: Any) -> None: ...
+    def add(self, item: Any) -> None: ...
 
 
 def _sha256(file: Path) -> str:
