@@ -15,7 +15,8 @@ from megatron_urlvr.monitor.console import Headlines
 from .scheduler import Job, Outcome, last_line
 
 PLAIN_INTERVAL_S = 15.0
-_WIDTH = 60
+_BAR_TEXT = 60
+"""Most characters of a log line beside a bar."""
 
 
 class Tail:
@@ -57,7 +58,7 @@ class _Tails:
     def text(self, job: Job) -> tuple[int, str]:
         """(step, what to show) of a job: headline metrics, or the last line of a log that has none."""
         if job.metrics is None:
-            return 0, last_line(job.log)[:_WIDTH]
+            return 0, last_line(job.log)
         tail = self._tails.setdefault(job.name, Tail(job.metrics))
         tail.read()
         return tail.step, str(tail.headlines)
@@ -92,7 +93,7 @@ class TerminalWatcher:
         """Move the bars."""
         for job in running:
             step, text = self._tails.text(job)
-            self._progress.update(self._bars[job.name], completed=step, text=text)
+            self._progress.update(self._bars[job.name], completed=step, text=text[:_BAR_TEXT])
 
     def ended(self, job: Job, outcome: Outcome) -> None:
         """Leave the bar with how the job ended."""
@@ -102,7 +103,7 @@ class TerminalWatcher:
         step, text = self._tails.text(job)
         total = job.steps if job.steps is not None else 1
         completed = total if job.steps is None and outcome.state == "done" else step
-        shown = text if outcome.state == "done" else f"{outcome.state}: {outcome.reason}"
+        shown = text[:_BAR_TEXT] if outcome.state == "done" else f"{outcome.state}: {outcome.reason}"
         bar = self._bars[job.name]
         self._progress.update(bar, total=total, completed=completed, text=shown)
         self._progress.stop_task(bar)
@@ -144,7 +145,7 @@ class PlainWatcher:
         for job in running:
             step, text = self._tails.text(job)
             where = f"step {step}/{job.steps}  " if job.steps is not None else ""
-            self._write(f"{job.name}  {where}{text}")
+            self._write(f"{job.name}  {where}{text}" if where or text else f"{job.name} runs")
 
     def ended(self, job: Job, outcome: Outcome) -> None:
         """`weak done after 31 s`, or why not."""

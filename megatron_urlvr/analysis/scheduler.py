@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import threading
@@ -117,7 +118,8 @@ class Scheduler:
             self._end(job, Outcome("failed", reason=obstacle))
             return
         job.log.parent.mkdir(parents=True, exist_ok=True)
-        with job.log.open("ab") as log:
+        with job.log.open("ab", buffering=0) as log:
+            log.write(f"$ {shlex.join(job.command)}\n".encode())  # tells this attempt from earlier ones
             process = subprocess.Popen(
                 job.command,
                 stdin=subprocess.DEVNULL,
@@ -195,11 +197,12 @@ def _reason(job: Job, code: int) -> str:
     return f"{how}: {last}" if last else how
 
 
-def last_line(path: Path) -> str:
-    """The last line of a file that says anything; empty when there is none."""
-    if not path.is_file():
+def last_line(log: Path) -> str:
+    """The last line of the newest attempt in `log` that says anything; empty when there is none."""
+    if not log.is_file():
         return ""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 8192))
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 8192))
         lines = file.read().decode("utf-8", errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return "" if said.startswith("$ ") else said

@@ -87,7 +87,8 @@ def run_study(config: StudyConfig, path: Path, jobs: int | None = None, *, cli: 
     failed = {name: outcome for name, outcome in outcomes.items() if outcome.state != "done"}
     _report(config, plan, failed)
     for name, outcome in failed.items():
-        print(f"{name} {outcome.state}: {outcome.reason}; log: {scheduler.jobs[name].log}", file=sys.stderr)
+        log = f"; log: {scheduler.jobs[name].log}" if outcome.exit_code is not None else ""
+        print(f"{name} {outcome.state}: {outcome.reason}{log}", file=sys.stderr)
     return int(ExitCode.FAILED if failed else ExitCode.DONE)
 
 

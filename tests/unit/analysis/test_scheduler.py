@@ -44,6 +44,10 @@ def job(folder, name, code="", **options):
     return Job(name, (sys.executable, "-c", code), folder / f"{name}.log", **options)
 
 
+def says(one, line):
+    return line in one.log.read_text().splitlines()
+
+
 def run(jobs, slots=2, watcher=None):
     watcher = watcher or Recorder()
     scheduler = Scheduler(jobs, slots=slots, environment=os.environ, watcher=watcher)
@@ -97,11 +101,13 @@ def test_an_obstacle_found_at_the_start_is_the_reason_of_the_failure(tmp_path):
     assert not (tmp_path / "run.log").exists()
 
 
-def test_output_is_appended_to_the_log_and_jobs_get_the_environment(tmp_path):
+def test_each_attempt_is_appended_to_the_log_under_its_command_and_gets_the_environment(tmp_path):
     one = job(tmp_path, "run", "import os; print(os.environ['OMP_NUM_THREADS'])")
     for _ in range(2):
         Scheduler([one], slots=1, environment={**os.environ, "OMP_NUM_THREADS": "1"}, watcher=Recorder()).run()
-    assert one.log.read_text() == "1\n1\n"
+    lines = one.log.read_text().splitlines()
+    assert lines[1::2] == ["1", "1"]
+    assert all(line.startswith("$ ") and "OMP_NUM_THREADS" in line for line in lines[::2])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
@@ -109,7 +115,7 @@ def test_a_signal_ends_running_jobs_through_their_own_handlers_and_starts_no_oth
     sent: list[int] = []
 
     def when_ready(running):
-        if not sent and all("ready" in each.log.read_text() for each in running):
+        if not sent and all(says(each, "ready") for each in running):
             sent.append(number)
             os.kill(os.getpid(), number)
 
@@ -127,8 +133,8 @@ def test_a_second_signal_kills_a_job_with_its_helpers(tmp_path):
     stubborn, sent = job(tmp_path, "a", IGNORES), []
 
     def when_ready(running):
-        log = stubborn.log.read_text()
-        if ("ready" in log and "helper" in log and not sent) or ("ignored" in log and len(sent) == 1):
+        forked = says(stubborn, "ready") and says(stubborn, "helper")
+        if (forked and not sent) or (says(stubborn, "ignored") and len(sent) == 1):
             sent.append(signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
