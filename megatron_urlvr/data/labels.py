@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+from .errors import DataError
+
 
 class LabelStore:
     """True answers by prompt id.
@@ -16,12 +18,12 @@ class LabelStore:
         """Readings by purpose, those of prompts without a label included."""
 
     def add(self, prompt_id: str, label: str) -> None:
-        """Keep `label` as the true answer of `prompt_id`. ValueError if another one is there already."""
+        """Keep `label` as the true answer of `prompt_id`. DataError if another one is there already."""
         known = self._labels.setdefault(prompt_id, label)
         if known != label:
-            raise ValueError(
+            raise DataError(
                 f"prompt {prompt_id!r} already has the label {known!r} and cannot get {label!r} too: "
-                "two sets share a name, or two rows an id"
+                "two sets share a name; rename one of them"
             )
 
     def get(self, prompt_id: str, *, use: str) -> str | None:

@@ -29,8 +29,6 @@ END = "$"
 GIVE_UP = "?"
 SPARE_TOKENS = 7
 """Room for repeats of the last sum beyond the shortest chain."""
-TAILS = 100
-"""Endings of two digits, the features that decide whether a prompt is biased."""
 
 
 class Styles(Section):
@@ -74,8 +72,9 @@ class ChainSumSettings(Section):
     filler_continue: float = Field(default=0.93, ge=0, lt=1)
     """Probability that filler goes on by one more `m`."""
     biased: float = Field(default=0.0, ge=0, le=1)
-    """Share of prompts on which most demonstrations follow a wrong rule: the last addition gives one too many. Which
-    prompts these are is a hash of their last two digits: the same for every seed, and learnable."""
+    """Share of prompts, to the nearest hundredth, on which most demonstrations follow a wrong rule: the last addition
+    gives one too many. A hash of the last digit chooses them (of the last two where the share ends within a digit):
+    the same prompts for every seed, and a rule that a small model can learn and carry over to held-out prompts."""
     biased_strength: float = Field(default=0.7, ge=0, le=1)
     """Share of the demonstrations of such a prompt that follow the wrong rule."""
 
@@ -114,8 +113,8 @@ class ChainSum(Task):
         present = {name: share for name, share in self.settings.styles.shares().items() if share > 0}
         self._styles = list(present)
         self._thresholds = list(accumulate(share / sum(present.values()) for share in present.values()))[:-1]
-        ranked = sorted(range(TAILS), key=lambda tail: hash64("bias", f"{tail:02d}"))
-        self._biased_tails = frozenset(f"{tail:02d}" for tail in ranked[: round(self.settings.biased * TAILS)])
+        tails = sorted((f"{tail:02d}" for tail in range(100)), key=_bias_rank)
+        self._biased_tails = frozenset(tails[: round(self.settings.biased * 100)])
 
     @property
     def max_response_tokens(self) -> int:
@@ -234,3 +233,11 @@ def _geometric(p: float, rng: random.Random) -> int:
     while rng.random() < p:
         count += 1
     return count
+
+
+def _bias_rank(tail: str) -> tuple[int, int]:
+    """Order in which endings of two digits become biased: all with one last digit, then all with the next.
+
+    A hash of the whole prompt would have to be memorised, prompt by prompt, and would say nothing about held-out ones.
+    """
+    return hash64("bias", tail[1]), hash64("bias", tail)

@@ -135,13 +135,15 @@ def test_on_biased_prompts_the_wrong_rule_holds_the_majority():
 
 
 def test_the_biased_share_is_met_and_growing_it_only_adds_prompts():
-    prompts = chain_sum().prompts(4000, seed=0, split="train")
+    unbiased = chain_sum()
+    prompts = unbiased.prompts(4000, seed=0, split="train")
     small, large = chain_sum(biased=0.2), chain_sum(biased=0.5)
     chosen = [{p.text for p in prompts if task.is_biased(p)} for task in (small, large)]
     assert len(chosen[0]) / 4000 == pytest.approx(0.2, abs=0.03)
     assert len(chosen[1]) / 4000 == pytest.approx(0.5, abs=0.03)
     assert chosen[0] < chosen[1]
-    assert not any(chain_sum().is_biased(p) for p in prompts)
+    assert len({text[-2] for text in chosen[0]}) == 2, "a share of 0.2 is two last digits, whatever stands before them"
+    assert not any(unbiased.is_biased(p) for p in prompts)
 
 
 def test_default_lengths_are_those_of_the_study():
