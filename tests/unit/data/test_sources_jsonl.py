@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from megatron_urlvr.config.data import GradingSection, JsonlSource
 from megatron_urlvr.data.errors import DataError
@@ -13,7 +14,7 @@ CHAT = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}{% if
 
 @pytest.fixture
 def tokenizer():
-    return character_tokenizer("".join(map(chr, range(32, 127))) + "\n", eos="$")
+    return character_tokenizer("".join(map(chr, range(32, 127))) + "\n", eos="~")
 
 
 @pytest.fixture
@@ -169,3 +170,15 @@ def test_the_fingerprint_follows_texts_and_labels(load):
     assert load([{"prompt": "1", "answer": 1}]).fingerprint == first
     assert load([{"prompt": "1", "answer": 2}]).fingerprint != first
     assert load([{"prompt": "2", "answer": 1}]).fingerprint != first
+
+
+def test_what_a_tokenizer_begins_a_text_with_is_kept_and_what_it_ends_one_with_is_not(load, tokenizer):
+    begin, end = tokenizer("<~", add_special_tokens=False)["input_ids"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="< $A ~", special_tokens=[("<", begin), ("~", end)]
+    )
+    bare = tokenizer("12", add_special_tokens=False)["input_ids"]
+    assert tokenizer("12")["input_ids"] == [begin, *bare, end]
+    assert list(load([{"prompt": "12", "answer": 1}]).prompts[0].tokens) == [begin, *bare]
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert list(load([{"prompt": "12", "answer": 1}], template="chat").prompts[0].tokens) == bare
