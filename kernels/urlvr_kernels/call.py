@@ -20,6 +20,8 @@ class Ops(Protocol):
     """A backend: what is done to a tile of logits. See `torch_ops.TorchOps` for the contract of the two operations."""
 
     name: str
+    fused: bool
+    """Whether the operations work through a tile of any size without memory of its size."""
 
     def row_state(
         self,
@@ -49,6 +51,9 @@ class Ops(Protocol):
         masked: bool = False,
     ) -> None:
         """Writes the gradient with respect to a tile of logits into `out`."""
+
+    def merge(self, states: torch.Tensor, wanted: Wanted) -> torch.Tensor:
+        """Merges the states of disjoint columns, `[n, 8, T]` -> `[8, T]`."""
 
 
 @dataclass(frozen=True)

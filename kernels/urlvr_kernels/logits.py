@@ -9,9 +9,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .call import Ops, cut, wide_dtype
-from .rowstate import COUNT, FIELDS, Wanted, empty_state, merge, slopes, statistics
+from .rowstate import COUNT, FIELDS, Wanted, empty_state, slopes, statistics
 from .stats import DIFFERENTIABLE
-from .tiling import tile_logits
+from .tiling import Tiling, tile_logits
 from .tp import TensorParallel
 
 
@@ -69,7 +69,7 @@ class _LogitsStats(torch.autograd.Function):
         else:
             out = torch.empty_like(logits)
         out[:, call.valid :].zero_()
-        tiling = tile_logits(*logits.shape, itemsize=lse.dtype.itemsize, device=logits.device)
+        tiling = _tiling(logits, call)
         for tile in tiling.tiles(slice(0, logits.shape[0])):
             for columns in tiling.chunks(call.valid):
                 call.ops.dlogits(
@@ -86,29 +86,35 @@ class _LogitsStats(torch.autograd.Function):
         return out, None
 
 
+def _tiling(logits: torch.Tensor, call: LogitsCall) -> Tiling:
+    if call.ops.fused:
+        return Tiling(max(logits.shape[0], 1), max(logits.shape[0], 1), max(call.valid, 1))
+    return tile_logits(*logits.shape, itemsize=wide_dtype(logits.dtype).itemsize, device=logits.device)
+
+
 def _forward(logits: torch.Tensor, call: LogitsCall) -> torch.Tensor:
     """State of the whole vocabulary, `[8, T]`."""
-    rows = logits.shape[0]
-    wide = wide_dtype(logits.dtype)
+    rows, wide, wanted = logits.shape[0], wide_dtype(logits.dtype), Wanted.of(call.outputs)
     logits = logits.detach()
-    tiling = tile_logits(*logits.shape, itemsize=wide.itemsize, device=logits.device)
+    tiling = _tiling(logits, call)
     chunks = tiling.chunks(call.valid)
-    if not chunks:
-        return call.tp.merge_states(empty_state(0, rows, like=logits, dtype=wide), Wanted.of(call.outputs))
-    parts = logits.new_empty(len(chunks), FIELDS, rows, dtype=wide)
-    for part, columns in zip(parts, chunks, strict=True):
-        part[COUNT] = columns.stop - columns.start
+    if chunks:
+        parts = logits.new_empty(len(chunks), FIELDS, rows, dtype=wide)
+    else:  # a shard of padding alone
+        parts = empty_state(0, rows, like=logits, dtype=wide).unsqueeze(0)
+    for part, columns in zip(parts, chunks, strict=False):
+        part[COUNT].fill_(columns.stop - columns.start)
         for tile in tiling.tiles(slice(0, rows)):
             call.ops.row_state(
                 logits[tile, columns],
                 part[:, tile],
-                Wanted.of(call.outputs),
+                wanted,
                 target=None if call.target is None else call.target[tile],
                 first=call.first + columns.start,
                 inv_tau=cut(call.inv_tau, tile),
                 masked=True,
             )
-    return call.tp.merge_states(merge(parts, Wanted.of(call.outputs)), Wanted.of(call.outputs))
+    return call.ops.merge(call.tp.gather_states(call.ops.merge(parts, wanted)), wanted)
 
 
 def _vocabulary(call: LogitsCall, state: torch.Tensor) -> int | torch.Tensor:

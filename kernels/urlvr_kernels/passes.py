@@ -19,7 +19,7 @@ import torch
 from .call import HeadCall, cut, logit_scale, read_rows, wide_dtype
 from .gemm import logits_of
 from .gradients import HiddenGrad, WeightGrad
-from .rowstate import COUNT, FIELDS, Slopes, empty_state, merge, slopes, statistics
+from .rowstate import COUNT, FIELDS, Slopes, empty_state, slopes, statistics
 from .tiling import Tiling, tile_head, tile_one_pass
 
 Vocab = int | torch.Tensor
@@ -106,11 +106,11 @@ def forward_pass(
                 logits = work.tile(tile, columns) if kept is None else kept
                 logits_of(rows[tile], chunk_weight, logits)
                 _row_state(call, logits, part[:, _inside(tile, block)], tile, columns, scale, consume=kept is None)
-        states.append(merge(parts, call.wanted))
+        states.append(call.ops.merge(parts, call.wanted))
     state = (
         states[0] if len(states) == 1 else torch.cat(states, 1) if states else empty_state(0, 0, like=rows, dtype=wide)
     )
-    return call.tp.merge_states(state, call.wanted), stash
+    return call.ops.merge(call.tp.gather_states(state), call.wanted), stash
 
 
 def backward_pass(
@@ -166,7 +166,8 @@ def one_pass(
                 logits = work.tile(tile, columns, _place(block, tile, columns))
                 logits_of(rows[tile], chunk_weight, logits)
                 _row_state(call, logits, part[:, _inside(tile, block)], tile, columns, scale, consume=False)
-        state = call.tp.merge_states(merge(parts, call.wanted), call.wanted)
+        shard = call.ops.merge(parts, call.wanted)
+        state = call.ops.merge(call.tp.gather_states(shard), call.wanted)
         lse, entropy, values = statistics(state, call.outputs, vocabulary(call, state))
         found.append(values)
         upstream = {name: value[block] for name, value in call.upstream.items()}

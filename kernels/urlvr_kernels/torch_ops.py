@@ -9,13 +9,14 @@ import math
 
 import torch
 
-from .rowstate import ARGMAX, CENTRED, MAX, SECOND, SPREAD, SUM, TARGET, Slopes, Wanted
+from .rowstate import ARGMAX, CENTRED, MAX, SECOND, SPREAD, SUM, TARGET, Slopes, Wanted, merge
 
 
 class TorchOps:
     """Plain torch, any device and dtype. Works in tiles that its caller keeps small enough for the cache."""
 
     name = "torch"
+    fused = False
 
     def row_state(
         self,
@@ -112,6 +113,10 @@ class TorchOps:
             dz.mul_(inv_tau.unsqueeze(1) if isinstance(inv_tau, torch.Tensor) else inv_tau)
         if dz is not out:
             out.copy_(dz)
+
+    def merge(self, states: torch.Tensor, wanted: Wanted) -> torch.Tensor:
+        """See `rowstate.merge`."""
+        return merge(states, wanted)
 
 
 def _scalar(value: float, like: torch.Tensor) -> torch.Tensor:

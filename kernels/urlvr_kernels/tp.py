@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from .rowstate import Wanted, merge
-
 
 @dataclass(frozen=True)
 class TensorParallel:
@@ -29,14 +27,14 @@ class TensorParallel:
             return TensorParallel()
         return TensorParallel(group, dist.get_world_size(group), dist.get_rank(group))
 
-    def merge_states(self, state: torch.Tensor, wanted: Wanted) -> torch.Tensor:
-        """`[8, T]` of this rank's shard -> `[8, T]` of the whole vocabulary, the same bits on every rank."""
+    def gather_states(self, state: torch.Tensor) -> torch.Tensor:
+        """`[8, T]` of this rank's shard -> `[ranks, 8, T]`, the same bits on every rank."""
         if self.group is None or state.shape[1] == 0:
-            return state
+            return state.unsqueeze(0)
         # gloo takes only outputs that concatenate along dimension 0; hence the flat buffer.
         flat = state.new_empty(self.size * state.shape[0], state.shape[1])
         dist.all_gather_into_tensor(flat, state.contiguous(), group=self.group)
-        return merge(flat.view(self.size, *state.shape), wanted)
+        return flat.view(self.size, *state.shape)
 
     def gather_rows(self, shard: torch.Tensor) -> torch.Tensor:
         """Sequence-parallel input: `[T / size, H]` of each rank -> `[T, H]`."""
