@@ -14,6 +14,8 @@ from .runs import RunRecord, Series, differing_settings, reward_text
 
 LONGEST_SAMPLE = 1500
 """Characters of a response that the page shows."""
+GLANCE = 60
+"""The answer of a response of at most so many characters is not repeated beside it."""
 SOLVED = 0.9
 """A run ends solved above this accuracy."""
 
@@ -179,16 +181,24 @@ def _nearest(steps: Sequence[int], step: int) -> int:
 def _by_prompt(samples: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, str]]]:
     out: dict[str, list[dict[str, str]]] = {}
     for sample in samples:
-        correct = {True: "right", False: "wrong"}.get(sample.get("correct"), "not graded")  # type: ignore[arg-type]
-        answer = sample.get("answer")
-        reward = sample.get("reward")
-        meta = [f"answer {answer}" if answer is not None else "no answer", correct]
-        if isinstance(reward, int | float):
-            meta.append(f"reward {reward:.3g}")
         text = str(sample.get("response", ""))
-        cell = {"response": _clip(text) if text else "(empty)", "meta": " · ".join(meta)}
+        cell = {"response": _clip(text) if text else "(empty)", "meta": _meta(sample, len(text))}
         out.setdefault(str(sample.get("prompt", "")), []).append(cell)
     return out
+
+
+def _meta(sample: dict[str, Any], length: int) -> str:
+    """Whether a response is right, and its reward; its answer too where that is not seen at a glance."""
+    parts = []
+    if sample.get("answer") is None:
+        parts.append("no answer")
+    elif length > GLANCE:
+        parts.append(f"answer {sample['answer']}")
+    correct = sample.get("correct")
+    parts.append("not graded" if correct is None else "right" if correct else "wrong")
+    if isinstance(reward := sample.get("reward"), int | float):
+        parts.append(f"reward {reward:.3g}")
+    return " · ".join(parts)
 
 
 def _clip(text: str) -> str:
