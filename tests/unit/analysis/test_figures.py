@@ -10,8 +10,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from synthetic_runs import make_run
 
-from megatron_urlvr.analysis.figures import COLOURS, Styles, accuracy_panels, proxy_panels, spread
-from megatron_urlvr.analysis.pictures import report_pictures
+from megatron_urlvr.analysis.figures import (
+    COLOURS,
+    Caption,
+    Styles,
+    accuracy_panels,
+    proxy_panels,
+    render,
+    spread,
+)
+from megatron_urlvr.analysis.pictures import DETAILS, report_pictures
 from megatron_urlvr.analysis.runs import Series, load_run
 
 
@@ -37,14 +45,21 @@ def test_two_labels_on_one_spot_part_evenly():
     assert spread([50.0, 50.0], [10.0, 10.0], low=0.0, high=200.0) == [45.0, 55.0]
 
 
-@pytest.fixture
-def three(tmp_path):
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
     runs = {
-        "weak + trajectory entropy": make_run(tmp_path / "weak", "dies"),
-        "strong + trajectory entropy": make_run(tmp_path / "strong", "rises", base="strong"),
-        "weak + ground truth": make_run(tmp_path / "truth", "truth", reward="ground_truth"),
+        "weak + trajectory entropy": make_run(folder / "weak", "dies"),
+        "strong + trajectory entropy": make_run(folder / "strong", "rises", base="strong"),
+        "weak + ground truth": make_run(folder / "truth", "truth", reward="ground_truth"),
     }
     return [Series(label, [load_run(path)]) for label, path in runs.items()]
+
+
+@pytest.fixture(scope="module")
+def pictures(three):
+    """(overview, other wide ones, details)."""
+    return report_pictures(three, ["held_out"], Styles(three), "Two beliefs")
 
 
 def test_accuracy_has_a_panel_for_each_base_and_rewards_one_for_each_unit(three):
@@ -58,22 +73,27 @@ def test_accuracy_has_a_panel_for_each_base_and_rewards_one_for_each_unit(three)
     assert [panel.subtitle for panel in label_free] == ["trajectory_entropy (sum), batch mean"]
 
 
-def test_the_overview_is_a_picture_that_shows_every_run_in_its_colour(three):
-    overview, _, details = report_pictures(three, ["held_out"], Styles(three), "Two beliefs")
+def test_the_overview_shows_every_run_in_its_colour_and_each_training_metric_has_a_figure(pictures):
+    overview, _, details = pictures
     pixels = np.asarray(Image.open(io.BytesIO(overview.png)).convert("RGB")).reshape(-1, 3)
     for colour in COLOURS[:3]:
         rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (pixels == rgb).all(axis=1).sum() > 300
-    assert len(details) == 6
+    assert [picture.name for picture in details] == [detail.name for detail in DETAILS]
 
 
-def test_the_alt_text_tells_every_curve_in_numbers(three):
-    overview, _, _ = report_pictures(three, ["held_out"], Styles(three), "Two beliefs")
+def test_the_alt_text_tells_every_curve_in_numbers(three, pictures):
     for item in three:
-        assert f"{item.label}: {item.mean('eval/held_out/avg@4').values[0]:.2f} at step 0" in overview.alt
-        assert f"{item.mean('reward/proxy').values[-1]:.2f} at step 100" in overview.alt
+        accuracy, proxy = item.mean("eval/held_out/avg@4").values, item.mean("reward/proxy").values
+        assert f"{item.label}: {accuracy[0]:.2f} at step 0" in pictures[0].alt
+        assert f"{proxy[-1]:.2f} at step 100" in pictures[0].alt
 
 
-def test_figures_are_the_same_bytes_when_made_again(three):
-    first, second = (report_pictures(three, ["held_out"], Styles(three), "T")[0].png for _ in range(2))
+def test_a_figure_is_the_same_bytes_when_made_again(three):
+    panels = accuracy_panels(three, "held_out", Styles(three))[1:]
+    first, second = (render(Caption("name", "title", "text", "alt"), panels).png for _ in range(2))
     assert first == second
+
+
+def test_nothing_to_draw_is_no_figure():
+    assert render(Caption("name", "title", "text", "alt"), []) is None
