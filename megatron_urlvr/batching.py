@@ -11,9 +11,12 @@ from .algorithms.kl import k3, reward_penalty
 from .algorithms.losses import token_weights
 from .assembly import Parts
 from .config.root import Config
+from .exchange import any_rank
 from .layout import Layout
 from .monitor.audit import Sums
 from .policy.batch import Row
+from .rewards.base import LABEL, NonFiniteScoreError
+from .rewards.combine import RewardResult
 from .types import STATISTICS, Group, Sample
 
 
@@ -34,6 +37,25 @@ def score_groups(config: Config, parts: Parts, groups: Sequence[Group]) -> None:
     found = parts.policy.score(rows, wanted, temperature=None if temperature == "rollout" else temperature)
     for (_, sample), stats in zip(samples, found, strict=True):
         sample.stats = stats
+
+
+def reward_groups(parts: Parts, groups: Sequence[Group], *, use: str = "reward") -> list[RewardResult]:
+    """Rewards of `groups`. Supervised ones alone are told which answers are right: a use of labels named `use`.
+
+    NonFiniteScoreError on every rank when a reward of any replica is not finite.
+    """
+    if LABEL in parts.reward.needs:
+        for group in groups:
+            if (right := parts.correctness(group, use=use)) is not None:
+                group.signals["correct"] = right.float()
+    results, problem = list[RewardResult](), ""
+    try:
+        results = parts.reward.score_groups(groups)
+    except NonFiniteScoreError as error:
+        problem = str(error)
+    if any_rank(bool(problem), parts.layout):
+        raise NonFiniteScoreError(problem or "a reward of another replica is not finite")
+    return results
 
 
 def training_rows(
@@ -60,8 +82,9 @@ def training_rows(
         for row, stats in zip(flat, parts.policy.score(flat, frozenset({"logp"})), strict=True):
             row.old_logp = stats.get("logp")
     advantages = parts.advantage(kept).reshape(-1).tolist() if groups else []
+    coefficients = parts.loss.coefficients(advantages, [behaviour_logp(sample) for sample in samples])
     for i, row in enumerate(flat):
-        row.advantage = advantages[i]
+        row.advantage = coefficients[i]
         if reference and parts.loss.needs_reference:
             row.ref_logp = reference[i]
     return rows

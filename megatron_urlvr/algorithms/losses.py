@@ -7,7 +7,7 @@ micro-batches and ranks is the global value, however the samples were spread.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -175,18 +175,17 @@ class PolicyLoss:
             metrics[WEIGHT] = weight.sum()
         return loss, metrics
 
+    def coefficients(self, advantages: Sequence[float], logp: Sequence[torch.Tensor]) -> list[float]:
+        """What each sample's tokens are multiplied by: its advantage."""
+        return list(advantages)
+
     def finish(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Metrics of a mini-batch from their sums over all micro-batches and ranks.
 
         The weights of `token_mean` and `sequence_mean` sum to one; those of `fixed_length` do not, so that the means
         must be divided. Losses stay as they are.
         """
-        total = sums.get(WEIGHT, 0.0)
-        return {
-            name: value / total if name in MEANS and total > 0 else value
-            for name, value in sums.items()
-            if name != WEIGHT
-        }
+        return finished(sums)
 
     def _check(self, logp: torch.Tensor, inputs: LossInputs) -> None:
         given = {"advantage": inputs.advantage, "weight": inputs.weight}
@@ -201,8 +200,16 @@ class PolicyLoss:
             )
 
 
+def finished(sums: Mapping[str, float]) -> dict[str, float]:
+    """Metric sums of a mini-batch with the `MEANS` divided by the summed weight."""
+    total = sums.get(WEIGHT, 0.0)
+    return {
+        name: value / total if name in MEANS and total > 0 else value for name, value in sums.items() if name != WEIGHT
+    }
+
+
 def build_loss(loss: LossSection, kl: KLSection) -> PolicyLoss:
-    """The loss of `algorithm.loss` and `algorithm.kl`. A KL in the reward leaves no trace in it."""
+    """The clipped policy gradient of `algorithm.loss` with `algorithm.kl`. A KL in the reward leaves no trace in it."""
     return PolicyLoss(
         clip_low=loss.clip_low,
         clip_high=loss.clip_high,

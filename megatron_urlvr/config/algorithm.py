@@ -1,23 +1,73 @@
 """`algorithm`: from rewards to a loss."""
 
-from typing import Literal
+from __future__ import annotations
 
-from pydantic import Field, field_validator
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from .base import Section
 
+LossName = Literal["ppo_clip", "em_ft", "self_certainty", "rlsc"]
 
-class LossSection(Section):
-    name: Literal["ppo_clip"] = "ppo_clip"
+
+class LossCommon(Section):
+    """What every loss has."""
+
+    aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
+    """Mean over all tokens; over each response, then over responses; or the sum over `max_new_tokens` x responses."""
+
+    @classmethod
+    def surviving(cls, parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
+        """Another loss starts from its own settings."""
+        if child.get("name", parent.get("name")) == parent.get("name"):
+            return dict(parent)
+        return {key: value for key, value in parent.items() if key in LossCommon.model_fields}
+
+
+class LossSection(LossCommon):
     """The policy-gradient loss: PPO's clipped ratio."""
+
+    name: LossName = "ppo_clip"
+    """Which loss is minimised."""
     clip_low: float = Field(default=0.2, ge=0, lt=1)
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = Field(default=0.2, ge=0)
     """The ratio is clipped above at 1 + clip_high."""
     dual_clip: float | None = Field(default=None, gt=1)
     """Bound c of dual-clip PPO for negative advantages; None turns it off."""
-    aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
-    """Mean over all tokens; over each response, then over responses; or the sum over `max_new_tokens` x responses."""
+
+
+class DirectSection(LossCommon):
+    """Direct minimisation of a statistic of the policy's own samples, without rewards: `em_ft` its token entropy,
+    `self_certainty` minus its self-certainty. The reward terms are measured and not trained on."""
+
+    name: LossName = "em_ft"
+    """Which loss is minimised."""
+
+
+class RLSCSection(LossCommon):
+    """RLSC's loss: minus the log-probability of each response, weighted by its probability when sampled plus alpha.
+    The reward terms are measured and not trained on."""
+
+    name: LossName = "rlsc"
+    """Which loss is minimised."""
+    alpha: float = Field(default=0.1, ge=0)
+    """Smoothing added to each response's probability."""
+
+
+def kind_of_loss(value: Any) -> str:
+    """Tag of a loss as written: the section that its name belongs to; PPO's without a name or with an unknown one."""
+    name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
+    return {"em_ft": "direct", "self_certainty": "direct", "rlsc": "rlsc"}.get(str(name), "ppo")
+
+
+LossSpec = Annotated[
+    Annotated[LossSection, Tag("ppo")] | Annotated[DirectSection, Tag("direct")] | Annotated[RLSCSection, Tag("rlsc")],
+    Discriminator(kind_of_loss),
+]
+"""A policy-gradient loss (`{name: ppo_clip}`) or a direct one (`{name: em_ft}`)."""
 
 
 class KLSection(Section):
@@ -38,8 +88,8 @@ class AlgorithmSection(Section):
     """Prompts of one optimizer step; None: all of a step's (strictly on-policy)."""
     epochs: int = Field(default=1, ge=1)
     """Passes over a step's samples."""
-    loss: LossSection = LossSection()
-    """The policy-gradient loss."""
+    loss: LossSpec = LossSection()
+    """What is minimised: the clipped policy gradient, or a statistic directly."""
     kl: KLSection = KLSection()
     """The penalty for leaving a reference."""
 

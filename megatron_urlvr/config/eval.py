@@ -57,6 +57,11 @@ class EvalSection(Section):
     sets: dict[str, EvalSet] = Field(default_factory=dict)
     """Held-out sets by name."""
 
+    @rule("sets")
+    def _not_the_training_set(self) -> str | None:
+        # A prompt's id begins with the name of its set.
+        return "sets.train: this name is the training prompts' own; choose another" if "train" in self.sets else None
+
     @rule("every", "sets")
     def _something_to_evaluate(self) -> str | None:
         if self.every and not self.sets:
