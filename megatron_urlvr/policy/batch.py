@@ -97,15 +97,24 @@ class PackedBatch:
         return replace(self, **moved, columns=columns, segments=[part.to(device) for part in self.segments])
 
 
-def plan_microbatches(
-    rows: Sequence[Row], *, max_tokens: int, share_prefix: bool, at_least: int = 1
-) -> list[list[int]]:
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def plan_microbatches(rows: Sequence[Row], *, max_tokens: int, share_prefix: bool) -> list[list[int]]:
     """Split row indices into micro-batches within a token budget.
 
     Rows of one prompt stay together while they fit, longest first, so that padding inside attention stays small and a
-    shared prompt is computed once. A row longer than the budget gets a micro-batch of its own. Empty micro-batches
-    are appended up to `at_least` (ranks must run the same number).
+    shared prompt is computed once. A row longer than the budget gets a micro-batch of its own. Padding (`pack`) comes
+    on top. ValueError for a row without prompt or response: nothing would predict its first token, or there would be
+    nothing to predict.
     """
+    for i, row in enumerate(rows):
+        if not row.prompt or not row.response:
+            raise ValueError(
+                f"row {i} has {_count(len(row.prompt), 'prompt token')} and"
+                f" {_count(len(row.response), 'response token')}; it needs at least one of each"
+            )
     prompts: dict[tuple[int, ...], list[int]] = {}
     for i, row in enumerate(rows):
         prompts.setdefault(row.prompt, []).append(i)
@@ -122,7 +131,7 @@ def plan_microbatches(
             plan[-1].append(i)
             used += cost
             charged = True
-    return plan + [[] for _ in range(at_least - len(plan))]
+    return plan
 
 
 def _segment_table(lengths: list[int], starts: list[int], prefix: list[tuple[int, int]], spare: int) -> Segments:

@@ -44,6 +44,7 @@ class PolicyOptimizer:
     def __init__(self, section: OptimSection, model: DistributedDataParallel, *, distributed: bool) -> None:
         params_dtype = next(model.parameters()).dtype
         self.clip = section.clip_grad
+        self.weight_decay = section.weight_decay
         self.distributed = distributed
         self.megatron: Any = get_megatron_optimizer(
             OptimizerConfig(
@@ -79,7 +80,9 @@ class PolicyOptimizer:
             if self.clip > 0 and parameters:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip, total_norm=norm)
         for group in self.megatron.param_groups:
+            # Megatron leaves both to its scheduler; biases and norms are in a group with wd_mult 0.
             group["lr"] = lr * group.get("lr_mult", 1.0)
+            group["weight_decay"] = self.weight_decay * group.get("wd_mult", 1.0)
         self.megatron.step_with_ready_grads()
         return norm
 

@@ -1,0 +1,376 @@
+"""A small server with SGLang's native API, for speed and for faults that a real one does not have on demand.
+
+It is kept honest by `server_contract.py`, which runs against it and against the real server. All fakes of a process
+share one event loop on one thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import json
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from aiohttp import web
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+FAULTS = (
+    "400",
+    "500",
+    "reset",
+    "truncated",
+    "not_json",
+    "nan",
+    "short_logprobs",
+    "other_token",
+    "outside_vocabulary",
+    "too_many_tokens",
+    "wrong_request",
+    "stale",
+    "abort",
+    "went_on",
+    "hang",
+)
+
+
+class FakeModel(Protocol):
+    """What generates behind the API."""
+
+    def generate(self, ids: list[int], params: dict[str, Any]) -> tuple[list[int], list[float]]: ...
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None: ...
+
+
+class DiceModel:
+    """Tokens at random, ended by the stop token in a quarter of the draws: no arithmetic, for tests of faults."""
+
+    def __init__(self, vocab_size: int = 21, seed: int = 0) -> None:
+        self.vocab_size, self.random = vocab_size, random.Random(seed)
+
+    def generate(self, ids: list[int], params: dict[str, Any]) -> tuple[list[int], list[float]]:
+        stops = params["stop_token_ids"]
+        others = [token for token in range(self.vocab_size) if token not in stops]
+        tokens: list[int] = []
+        while len(tokens) < params["max_new_tokens"] and not (tokens and tokens[-1] in stops):
+            tokens.append(self.random.choice(stops) if self.random.random() < 0.25 else self.random.choice(others))
+        return tokens, [-self.random.random() for _ in tokens]
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        pass
+
+
+class TransformersModel:
+    """A transformers model, forward by forward without a cache."""
+
+    def __init__(self, folder: Path, seed: int = 0) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def generate(self, ids: list[int], params: dict[str, Any]) -> tuple[list[int], list[float]]:
+        greedy = params["temperature"] == 0
+        tokens: list[int] = []
+        logps: list[float] = []
+        while len(tokens) < params["max_new_tokens"] and not (tokens and tokens[-1] in params["stop_token_ids"]):
+            logits = self.model(torch.tensor([ids + tokens])).logits[0, -1]
+            logp = (logits if greedy else logits / params["temperature"]).log_softmax(-1)
+            token = int(logp.argmax() if greedy else torch.multinomial(logp.exp(), 1, generator=self.generator))
+            tokens.append(token)
+            logps.append(float(logp[token]))
+        return tokens, logps
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        named = dict(self.model.named_parameters())
+        for name, tensor in tensors.items():
+            if name in named:  # a tied head comes under both names
+                named[name].copy_(tensor)
+
+
+class _Loop:
+    """The shared thread."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, name="fake-sglang", daemon=True).start()
+
+    def run(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout=30)
+
+
+_shared: list[_Loop] = []
+
+
+def _loop() -> _Loop:
+    if not _shared:
+        _shared.append(_Loop())
+    return _shared[0]
+
+
+class FakeServer:
+    """One server. `faults` yields what each `/generate` request is to suffer: a name of FAULTS, `die`, or None."""
+
+    def __init__(
+        self,
+        model: FakeModel,
+        *,
+        context: int = 64,
+        vocab_size: int = 21,
+        faults: Iterator[str | None] = iter(()),
+        key: str | None = None,
+    ) -> None:
+        self.model, self.context, self.vocab_size, self.faults, self.key = model, context, vocab_size, faults, key
+        self.label = "default"
+        self.dead_for = 0
+        """Connections that are still reset before the server is back, as if newly started."""
+        self.sick = False
+        """Fails its health check."""
+        self.refusing: set[str] = set()
+        """Paths that are answered with 400."""
+        self.calls: Counter[str] = Counter()
+        self.most_at_once = 0
+        self._running = 0
+        self._updating = False
+        self._groups: dict[str, Any] = {}
+        self._threads = ThreadPoolExecutor(2)
+        self._going = asyncio.Event()
+        self._going.set()
+        self.url = ""
+        _loop().run(self._start())
+
+    async def _start(self) -> None:
+        application = web.Application(middlewares=[self._guard])
+        posts: dict[str, Callable[[web.Request], Any]] = {
+            "/generate": self._generate,
+            "/pause_generation": self._pause,
+            "/continue_generation": self._continue,
+            "/flush_cache": self._flush,
+            "/update_weights_from_disk": self._from_disk,
+            "/init_weights_update_group": self._join_group,
+            "/destroy_weights_update_group": self._leave_group,
+            "/begin_weight_update": self._begin,
+            "/end_weight_update": self._end,
+            "/update_weights_from_distributed": self._from_group,
+        }
+        application.add_routes([web.post(path, handler) for path, handler in posts.items()])
+        application.add_routes([web.get("/health", self._health), web.get("/model_info", self._info)])
+        self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.01)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    def stop(self) -> None:
+        """Close the port and all connections."""
+        _loop().run(self._runner.cleanup())
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        self.calls[request.path] += 1
+        if self.dead_for:
+            self.dead_for -= 1
+            self.label = "default"
+            return await self._reset(request)
+        if self.key is not None and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        if request.path in self.refusing:
+            return _refused("refused on request")
+        return await handler(request)
+
+    @staticmethod
+    async def _reset(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+
+    # -- generation ---------------------------------------------------------------------------------------------------
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self._running += 1
+        self.most_at_once = max(self.most_at_once, self._running)
+        try:
+            await self._going.wait()
+            fault = next(self.faults, None)
+            if fault == "die":
+                self.dead_for = 3
+            if fault in ("die", "reset"):
+                return await self._reset(request)
+            if fault == "hang":
+                await asyncio.Event().wait()  # until the client goes away
+            if fault in ("400", "500"):
+                return web.json_response({"error": {"message": "as scheduled"}}, status=int(fault))
+            ids, params = body["input_ids"], body["sampling_params"]
+            if len(ids) >= self.context:
+                return web.json_response({"error": {"message": "longer than the context"}}, status=400)
+            label = self.label
+            tokens, logps = await self._in_thread(self.model.generate, ids, params)
+            answer = self._answer(body, tokens, logps, label)
+            return await self._spoilt(request, fault, answer, params)
+        finally:
+            self._running -= 1
+
+    async def _in_thread(self, function: Any, *arguments: Any) -> Any:
+        if isinstance(self.model, DiceModel):
+            return function(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    def _answer(self, body: dict[str, Any], tokens: list[int], logps: list[float], label: str) -> dict[str, Any]:
+        stopped = tokens[-1] in body["sampling_params"]["stop_token_ids"]
+        full = len(tokens) == body["sampling_params"]["max_new_tokens"]
+        length: dict[str, Any] = {"type": "length", "length": len(tokens)}
+        return {
+            "output_ids": tokens,
+            "meta_info": {
+                "id": body["rid"],
+                "finish_reason": length if full or not stopped else {"type": "stop", "matched": tokens[-1]},
+                "prompt_tokens": len(body["input_ids"]),
+                "completion_tokens": len(tokens),
+                "weight_version": label,
+                "weight_versions": [{"version": label, "start": 0, "end": len(tokens)}],
+                "output_token_logprobs": [[lp, token, None] for lp, token in zip(logps, tokens, strict=True)],
+            },
+        }
+
+    async def _spoilt(
+        self, request: web.Request, fault: str | None, answer: dict[str, Any], params: dict[str, Any]
+    ) -> web.StreamResponse:
+        tokens, meta = answer["output_ids"], answer["meta_info"]
+        entries = meta["output_token_logprobs"]
+        if fault == "nan":
+            entries[-1][0] = float("nan")
+        elif fault == "short_logprobs":
+            entries.pop()
+        elif fault == "other_token":
+            entries[0][1] += 1
+        elif fault == "outside_vocabulary":
+            tokens[0] = entries[0][1] = self.vocab_size
+        elif fault == "too_many_tokens":
+            extra = params["max_new_tokens"] + 1 - len(tokens)
+            tokens.extend([0] * extra)
+            entries.extend([[-1.0, 0, None]] * extra)
+            meta["completion_tokens"] = len(tokens)
+        elif fault == "wrong_request":
+            meta["id"] = "somebody else's"
+        elif fault == "stale":
+            meta["weight_version"] = "older"
+        elif fault == "abort":
+            meta["finish_reason"] = {"type": "abort", "message": "Aborted"}
+        elif fault == "went_on":
+            tokens.insert(0, params["stop_token_ids"][0])
+            entries.insert(0, [-1.0, tokens[0], None])
+            del tokens[params["max_new_tokens"] :], entries[params["max_new_tokens"] :]
+            meta["completion_tokens"] = len(tokens)
+            if len(tokens) == 1:
+                meta["finish_reason"] = {"type": "abort"}
+        text = json.dumps(answer)
+        if fault == "not_json":
+            text = text[: len(text) // 2]
+        if fault == "truncated":
+            response = web.StreamResponse(headers={"Content-Length": str(len(text)), "Content-Type": "text/json"})
+            await response.prepare(request)
+            await response.write(text[: len(text) // 2].encode())
+            assert request.transport is not None
+            request.transport.close()
+            return response
+        return web.Response(text=text, content_type="application/json")
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response(status=503 if self.sick else 200)
+
+    async def _info(self, request: web.Request) -> web.Response:
+        return web.json_response({"weight_version": self.label})
+
+    async def _pause(self, request: web.Request) -> web.Response:
+        self._going.clear()
+        return _done()
+
+    async def _continue(self, request: web.Request) -> web.Response:
+        self._going.set()
+        return _done()
+
+    async def _flush(self, request: web.Request) -> web.Response:
+        return web.Response(text="Cache flushed.")
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    async def _from_disk(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        folder = Path(body["model_path"])
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        for file in sorted(set(index["weight_map"].values())):
+            self.model.load(load_file(folder / file))
+        self.label = body["weight_version"]
+        return _done()
+
+    async def _begin(self, request: web.Request) -> web.Response:
+        self._updating = True
+        return _done()
+
+    async def _end(self, request: web.Request) -> web.Response:
+        if not self._updating:
+            return _refused("no update has begun")
+        self._updating = False
+        return _done()
+
+    async def _join_group(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if body["group_name"] in self._groups:
+            return _refused("group exists")
+        self._groups[body["group_name"]] = await self._threaded(_member, body)
+        return _done()
+
+    async def _leave_group(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        return _done() if self._groups.pop(body["group_name"], None) is not None else _refused("no such group")
+
+    async def _threaded(self, function: Any, *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    async def _from_group(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if not self._updating:
+            return _refused("must run between begin_weight_update and end_weight_update")
+        self.model.load(await self._threaded(_receive, self._groups[body["group_name"]], body))
+        self.label = body.get("weight_version") or self.label
+        return _done()
+
+
+def _done() -> web.Response:
+    return web.json_response({"success": True, "message": "ok"})
+
+
+def _refused(why: str) -> web.Response:
+    return web.json_response({"success": False, "message": why}, status=400)
+
+
+def _member(body: dict[str, Any]) -> Any:
+    """Join as another process would; the registry of groups belongs to the trainer, which is in this process."""
+    timeout = datetime.timedelta(seconds=10)
+    store = dist.TCPStore(body["master_address"], body["master_port"], is_master=False, timeout=timeout)
+    for prefix in (body["group_name"], f"{body['group_name']}/", "cpu/"):
+        store = dist.PrefixStore(prefix, store)
+    return dist.ProcessGroupGloo(store, body["rank_offset"], body["world_size"], timeout)
+
+
+def _receive(group: Any, body: dict[str, Any]) -> dict[str, torch.Tensor]:
+    kinds = [getattr(torch, name) for name in body["dtypes"]]
+    sizes = [torch.Size(shape).numel() * kind.itemsize for shape, kind in zip(body["shapes"], kinds, strict=True)]
+    flat = torch.empty(sum(sizes), dtype=torch.uint8)
+    options = dist.BroadcastOptions()
+    options.rootRank = 0
+    group.broadcast([flat], options).wait()
+    parts = flat.split(sizes)
+    return {
+        name: part.view(kind).reshape(shape)
+        for name, part, kind, shape in zip(body["names"], parts, kinds, body["shapes"], strict=True)
+    }

@@ -1,0 +1,129 @@
+"""Micro-batches and their packing: what each token may look at is spelled out, whatever the rows."""
+
+from collections import Counter
+from itertools import pairwise
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_urlvr.policy.batch import PackedBatch, Row, pack, plan_microbatches
+
+STEADY = settings(deadline=None, derandomize=True, database=None)
+TOKEN = st.integers(1, 9)
+PROMPTS = st.lists(st.lists(TOKEN, min_size=1, max_size=6).map(tuple), min_size=1, max_size=4)
+
+
+@st.composite
+def some_rows(draw, least: int = 0) -> list[Row]:
+    """Rows of at most four prompts, one of which may begin another."""
+    prompts = draw(PROMPTS)
+    responses = st.lists(TOKEN, min_size=1, max_size=7)
+    chosen = draw(st.lists(st.tuples(st.sampled_from(prompts), responses), min_size=least, max_size=12))
+    return [Row(prompt, response) for prompt, response in chosen]
+
+
+def tokens_needed(rows: list[Row], *, share_prefix: bool) -> int:
+    """Input tokens of these rows in one micro-batch; the last token of a response is no input."""
+    prompts = {row.prompt for row in rows} if share_prefix else [row.prompt for row in rows]
+    return sum(map(len, prompts)) + sum(len(row.response) - 1 for row in rows)
+
+
+@settings(STEADY, max_examples=200)
+@given(some_rows(), st.integers(1, 40), st.booleans())
+def test_every_row_is_planned_once_and_within_the_budget(rows: list[Row], budget: int, share_prefix: bool):
+    plan = plan_microbatches(rows, max_tokens=budget, share_prefix=share_prefix)
+    assert sorted(i for part in plan for i in part) == list(range(len(rows)))
+    for part in plan:
+        assert part
+        need = tokens_needed([rows[i] for i in part], share_prefix=share_prefix)
+        assert need <= budget or len(part) == 1
+
+
+@settings(STEADY, max_examples=100)
+@given(some_rows(least=1), st.booleans())
+def test_a_budget_for_all_rows_makes_one_microbatch(rows: list[Row], share_prefix: bool):
+    budget = tokens_needed(rows, share_prefix=share_prefix)
+    assert len(plan_microbatches(rows, max_tokens=budget, share_prefix=share_prefix)) == 1
+
+
+def attended(batch: PackedBatch, packed_row: int) -> list[int]:
+    """The packed rows that the attention of `packed_row` looks at, in the order of the keys."""
+    place = int(batch.restore[packed_row])
+    for table in batch.segments:
+        count, longest = table.queries.shape
+        if place < count * longest:
+            n, q = divmod(place, longest)
+            assert int(table.queries[n, q]) == packed_row
+            keys = table.gather[n]
+            if table.mask is None:
+                return keys[: q + 1].tolist()
+            return keys[table.mask.expand(count, -1, -1, -1)[n, 0, q]].tolist()
+        place -= count * longest
+    raise AssertionError(f"row {packed_row} has no attention output")
+
+
+@settings(STEADY, max_examples=150)
+@given(some_rows(), st.randoms(use_true_random=False), st.booleans(), st.sampled_from([1, 2, 4]), st.integers(0, 80))
+def test_every_prediction_sees_its_own_prompt_and_response_so_far_and_nothing_else(
+    rows: list[Row], random, share_prefix: bool, pad_to: int, length: int
+):
+    index = list(range(len(rows)))
+    random.shuffle(index)
+    length -= length % pad_to
+    batch = pack(rows, index, share_prefix=share_prefix, pad_to=pad_to, length=length)
+    assert batch.targets.tolist() == [token for i in index for token in rows[i].response]
+    assert batch.lengths == [len(rows[i].response) for i in index]
+    out = iter(batch.out_rows.tolist())
+    tokens, positions = batch.tokens[0], batch.positions
+    for i in index:
+        row = rows[i]
+        for t in range(len(row.response)):
+            seen = attended(batch, next(out))
+            assert [int(tokens[r]) for r in seen] == [*row.prompt, *row.response[:t]]
+            assert [int(positions[r]) for r in seen] == list(range(len(row.prompt) + t))
+
+
+@settings(STEADY, max_examples=150)
+@given(some_rows(), st.booleans(), st.sampled_from([1, 2, 4]), st.integers(0, 80))
+def test_each_packed_row_has_one_attention_output_and_padding_is_looked_at_by_padding_alone(
+    rows: list[Row], share_prefix: bool, pad_to: int, length: int
+):
+    length -= length % pad_to
+    batch = pack(rows, range(len(rows)), share_prefix=share_prefix, pad_to=pad_to, length=length)
+    total = batch.tokens.shape[1]
+    used = tokens_needed(rows, share_prefix=share_prefix)
+    assert total % pad_to == 0
+    assert total >= max(length, used + 1)
+    assert total < max(length, used + 1) + pad_to
+    # A permutation: no two rows share an output, and every output that is not padding is taken.
+    outputs = sum(table.queries.numel() for table in batch.segments)
+    assert max(Counter(batch.restore.tolist()).values()) == 1
+    assert 0 <= int(batch.restore.min()) <= int(batch.restore.max()) < outputs
+    filled = torch.cat([table.rows for table in batch.segments])
+    assert sorted(filled.tolist()) == list(range(total))
+    for packed_row in range(total):
+        seen = attended(batch, packed_row)
+        assert len(seen) == len(set(seen))
+        assert packed_row in seen
+        assert max(seen) < used if packed_row < used else min(seen) >= used
+
+
+@settings(STEADY, max_examples=50)
+@given(some_rows(least=1))
+def test_whole_sequences_end_where_transformer_engine_is_told(rows: list[Row]):
+    batch = pack(rows, range(len(rows)), share_prefix=False, pad_to=4)
+    assert batch.cu_seqlens is not None
+    ends = batch.cu_seqlens.tolist()
+    lengths = [b - a for a, b in pairwise(ends)]
+    assert lengths[: len(rows)] == [len(row.prompt) + len(row.response) - 1 for row in rows]
+    assert ends[-1] == batch.tokens.shape[1]
+    assert batch.max_seqlen == max(lengths)
+
+
+@settings(STEADY, max_examples=50)
+@given(some_rows(least=1))
+def test_a_shared_prompt_is_an_input_once(rows: list[Row]):
+    batch = pack(rows, range(len(rows)), share_prefix=True)
+    assert batch.cu_seqlens is None
+    assert batch.tokens.shape[1] == tokens_needed(rows, share_prefix=True) + 1
