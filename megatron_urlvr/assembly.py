@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,15 +11,20 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .algorithms.advantages import Advantage, get_advantage
-from .algorithms.losses import PolicyLoss, build_loss
+from .algorithms.direct import DirectLoss, build_objective
+from .algorithms.losses import PolicyLoss
 from .config.checks import check
 from .config.errors import ConfigError
 from .config.eval import EvalSet
 from .config.root import Config
+from .data.grading.annotate import annotate
+from .data.grading.grader import Grader
 from .data.labels import LabelStore
 from .data.sources import PromptSet, load_source
 from .data.stream import PromptStream
 from .data.tokenizer import load_tokenizer, stop_ids
+from .exchange import share_groups
+from .exit_codes import UnusableInput
 from .layout import Layout
 from .policy.hf.folder import read_config
 from .policy.policy import Policy
@@ -26,7 +32,7 @@ from .rewards.combine import Combined, build_terms
 from .rollout.embedded import EmbeddedEngine
 from .rollout.engine import RolloutEngine
 from .rollout.replay import ReplayEngine
-from .types import Group, Prompt
+from .types import Group, Prompt, Sampling
 
 
 @dataclass
@@ -52,9 +58,19 @@ class Parts:
     """On replica leaders; None elsewhere."""
     reward: Combined
     advantage: Advantage
-    loss: PolicyLoss
+    loss: PolicyLoss | DirectLoss
 
-    def grader_of(self, prompt: Prompt) -> Any:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """Graded groups of this replica's prompts, in their order, on all its ranks."""
+        groups = None
+        if self.engine is not None:
+            found = {group.prompt.id: group for group in self.engine.generate(prompts, sampling)}
+            groups = [found[prompt.id] for prompt in prompts]
+        groups = share_groups(groups, self.layout)
+        annotate(groups, self.grader_of)
+        return groups
+
+    def grader_of(self, prompt: Prompt) -> Grader:
         """The grader of the set that a prompt belongs to."""
         name = prompt.id.split("/", 1)[0]
         return self.held_out[name].prompts.grader if name in self.held_out else self.train.grader
@@ -101,8 +117,8 @@ def _reward(config: Config) -> Combined:
 
 
 def build(config: Config, layout: Layout) -> Parts:
-    """All parts of a training run. UnusableInput for whatever the user must change."""
-    preflight(config, world_size=layout.world_size)
+    """All parts of a run that `preflight` finds nothing wrong with. UnusableInput for data or weights that the user
+    must change."""
     tokenizer = load_tokenizer(config.model.path)
     labels = LabelStore()
     limits: dict[str, Any] = {"max_prompt_tokens": config.data.max_prompt_tokens, "overlong": config.data.overlong}
@@ -122,6 +138,9 @@ def build(config: Config, layout: Layout) -> Parts:
         )
         for name, spec in config.eval.sets.items()
     }
+    reward = _reward(config)
+    if problems := [*_training_data(config, train, reward), *_without_labels(held_out)]:
+        raise UnusableInput("\n".join(problems))
     kl = config.algorithm.kl
     policy = Policy(
         config.model,
@@ -141,10 +160,34 @@ def build(config: Config, layout: Layout) -> Parts:
         held_out=held_out,
         policy=policy,
         engine=build_engine(config, policy, tokenizer) if layout.is_leader else None,
-        reward=_reward(config),
+        reward=reward,
         advantage=get_advantage(config.algorithm.advantage),
-        loss=build_loss(config.algorithm.loss, kl),
+        loss=build_objective(config.algorithm.loss, kl),
     )
+
+
+def _training_data(config: Config, train: PromptSet, reward: Combined) -> Iterator[str]:
+    """What is wrong with the training prompts for this run."""
+    if len(train) < config.rollout.prompts:
+        yield (
+            f"data.train holds {len(train)} prompts, but rollout.prompts = {config.rollout.prompts} different ones make"
+            f" a step: give more data, or set rollout.prompts={len(train)} or less."
+        )
+    if reward.supervised and train.unlabelled:
+        names = ", ".join(sorted(term.reward.name for term in reward.terms if term.reward.supervised))
+        yield (
+            f"data.train has no label for {train.unlabelled} of its {len(train)} prompts, but the reward {names} reads"
+            " labels: complete the data, or choose a reward that needs none."
+        )
+
+
+def _without_labels(held_out: Mapping[str, HeldOut]) -> Iterator[str]:
+    for name, held in held_out.items():
+        if held.prompts.unlabelled == len(held.prompts):
+            yield (
+                f"eval.sets.{name} has no labels, so that nothing can be measured on it: give data with true answers,"
+                f" or remove the set ({name}: null)."
+            )
 
 
 def _real_vocab(config: Config, tokenizer: PreTrainedTokenizerBase) -> int | None:

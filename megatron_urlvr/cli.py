@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_urlvr.exit_codes import ExitCode, UnusableInput
+from megatron_urlvr.exit_codes import DISK_FULL, ExitCode, UnusableInput
 
 app = typer.Typer(
     help="Unsupervised reinforcement learning with verifiable rewards, on Megatron-Core and SGLang.",
@@ -166,13 +166,19 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point of `urlvr`: unusable input ends with its sentences and exit code 2, never with a traceback."""
+    """Entry point of `urlvr`. Unusable input (exit code 2) and a full disk (1) end with their sentences, never with a
+    traceback."""
     try:
         app()
     except UnusableInput as error:
         if os.environ.get("RANK", "0") == "0":  # under torchrun every rank finds the same
             print(error, file=sys.stderr)
         sys.exit(ExitCode.UNUSABLE_INPUT)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        print(f"{error}: free some space and run the command again.", file=sys.stderr)
+        sys.exit(ExitCode.FAILED)
 
 
 if __name__ == "__main__":

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .analysis.estimators import NO_ANSWER, mean_and_se, summarise
-from .assembly import HeldOut, Parts, build
-from .batching import score_groups
+from .assembly import HeldOut, Parts, build, preflight
+from .batching import reward_groups, score_groups
+from .config.errors import did_you_mean
 from .config.root import Config
-from .data.grading.annotate import annotate
-from .exchange import derive_seed, gather_from_leaders, my_share, share_groups
+from .exchange import derive_seed, gather_from_leaders, hand_over, my_share
 from .exit_codes import ExitCode, UnusableInput
-from .layout import Layout, start
-from .policy import checkpoint
-from .rewards.base import LABEL
-from .run_dir import write_json
+from .layout import start, world_size_from_environment
+from .policy.checkpoint import CheckpointError, list_checkpoints, load
+from .run_dir import RunDir, write_json
 from .run_files import RunFiles
-from .types import Group, Prompt, Sampling
+from .types import Group, Sampling
 
 PROBE_SAMPLES = 4
 """Samples of each probe prompt that are kept for the report."""
@@ -38,10 +38,10 @@ def evaluate_set(
     spec = held.spec
     prompts = my_share(held.prompts.prompts, parts.layout)
     longest = spec.max_new_tokens or longest
-    sampled = _generate(parts, prompts, Sampling(votes, longest, spec.temperature, spec.top_p, seed))
+    sampled = parts.generate(prompts, Sampling(votes, longest, spec.temperature, spec.top_p, seed))
     greedy: Sequence[Group | None] = [None] * len(prompts)
     if spec.greedy:
-        greedy = _generate(parts, prompts, Sampling(1, longest, 0.0))
+        greedy = parts.generate(prompts, Sampling(1, longest, 0.0))
     rows = []
     for group, best in zip(sampled, greedy, strict=True):
         right = parts.correctness(group, use=f"evaluation:{name}")
@@ -57,16 +57,6 @@ def evaluate_set(
             }
         )
     return [row for part in gather_from_leaders(rows, parts.layout) for row in part]
-
-
-def _generate(parts: Parts, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-    groups = None
-    if parts.engine is not None:
-        found = {group.prompt.id: group for group in parts.engine.generate(prompts, sampling)}
-        groups = [found[prompt.id] for prompt in prompts]
-    groups = share_groups(groups, parts.layout)
-    annotate(groups, parts.grader_of)
-    return groups
 
 
 class Evaluator:
@@ -88,8 +78,6 @@ class Evaluator:
         for name, held in self.parts.held_out.items():
             votes = max(held.spec.samples, held.spec.base_votes) if step == 0 else held.spec.samples
             rows = self._rows(name, held, votes)
-            if not rows:
-                raise UnusableInput(f"eval.sets.{name} has no labels: accuracy cannot be measured on it")
             metrics |= {
                 f"eval/{name}/{key}": v for key, v in summarise_rows(rows, held.spec, held.spec.samples).items()
             }
@@ -115,23 +103,22 @@ class Evaluator:
         longest = held.spec.max_new_tokens or self.config.rollout.max_new_tokens
         seed = derive_seed(self.config.run.seed, "probes")
         sampling = Sampling(PROBE_SAMPLES, longest, self.config.rollout.temperature, seed=seed)
-        groups = _generate(self.parts, held.prompts.prompts[:count], sampling)
-        right = [self.parts.correctness(group, use="probes") for group in groups]
+        # A supervised reward can say nothing of a prompt without a label.
+        known = [p for p in held.prompts.prompts if p.id in self.parts.labels or not self.parts.reward.supervised]
+        groups = self.parts.generate(known[:count], sampling)
         score_groups(self.config, self.parts, groups)
-        if LABEL in self.parts.reward.needs:
-            for group, truth in zip(groups, right, strict=True):
-                group.signals["correct"] = torch.zeros(len(group)) if truth is None else truth.float()
-        rewards = [result.total.tolist() for result in self.parts.reward.score_groups(groups)]
+        rewards = reward_groups(self.parts, groups, use="probes")
+        right = [self.parts.correctness(group, use="probes") for group in groups]
         rows = [
             {
                 "prompt": group.prompt.text,
                 "response": sample.text,
                 "finish": sample.finish,
                 "answer": sample.answer,
-                "reward": rewards[g][k],
-                "correct": None if right[g] is None else bool(right[g][k]),  # type: ignore[index]
+                "reward": float(reward.total[k]),
+                "correct": None if truth is None else bool(truth[k]),
             }
-            for g, group in enumerate(groups)
+            for group, reward, truth in zip(groups, rewards, right, strict=True)
             for k, sample in enumerate(group.samples)
         ]
         self.files.write_samples(step, rows)
@@ -147,45 +134,60 @@ def summarise_rows(rows: Sequence[dict[str, Any]], spec: Any, votes: int) -> dic
     return metrics
 
 
-def main(config: Config, checkpoint_path: str | None, sets: list[str] | None) -> int:
-    """`urlvr eval`: the base of `config`, or a checkpoint of its run, on its held-out sets. Returns the exit code."""
+def main(config: Config, checkpoint: str | None, sets: list[str] | None) -> int:
+    """`urlvr eval`: the base of `config`, or a checkpoint of its run (a name such as `step_000050`, or a folder), on
+    the held-out sets named, or all. Returns the exit code."""
     torch.set_num_threads(config.run.threads)
-    if unknown := sorted(set(sets or []) - set(config.eval.sets)):
-        raise UnusableInput(f"no evaluation set {unknown[0]!r}; eval.sets has {', '.join(config.eval.sets) or 'none'}")
     if not config.eval.sets:
-        raise UnusableInput("eval.sets is empty: there is nothing to evaluate on")
+        raise UnusableInput("eval.sets is empty: there is nothing to evaluate on; name a set, such as held_out, there.")
+    path = None if checkpoint is None else _find_checkpoint(config, checkpoint)
+    # A replay holds no responses to held-out prompts.
+    config.rollout = config.rollout.model_copy(update={"engine": "embedded", "replay_from": None})
+    preflight(config, world_size=world_size_from_environment())
     layout = start(config.parallel, device=config.run.device, seed=config.run.seed)
-    parts = build(config, layout)
-    step = 0
-    if checkpoint_path is not None:
-        step = int(checkpoint.load(parts.policy, Path(checkpoint_path))["step"])
-    if parts.engine is not None:
-        parts.engine.begin_update(step)
-        parts.engine.update(parts.policy.export())
-        parts.engine.end_update()
-    else:
-        for _ in parts.policy.export():
-            pass
-    result: dict[str, Any] = {"model": config.model.path, "checkpoint": checkpoint_path, "step": step, "sets": {}}
-    for name in sets or config.eval.sets:
-        held = parts.held_out[name]
-        seed = derive_seed(config.run.seed, "eval", name)
-        rows = evaluate_set(
-            parts, name, held, votes=held.spec.samples, longest=config.rollout.max_new_tokens, seed=seed
-        )
-        result["sets"][name] = summarise_rows(rows, held.spec, held.spec.samples)
-    parts.close()
-    _report(config, layout, result)
+    with closing(build(config, layout)) as parts:
+        step = 0 if path is None else _load(parts, path)
+        hand_over(parts.policy.export(), parts.engine, version=step)
+        metrics = {}
+        for name in sets or config.eval.sets:
+            held, seed = parts.held_out[name], derive_seed(config.run.seed, "eval", name)
+            longest = config.rollout.max_new_tokens
+            rows = evaluate_set(parts, name, held, votes=held.spec.samples, longest=longest, seed=seed)
+            metrics[name] = summarise_rows(rows, held.spec, held.spec.samples)
+    if layout.is_main:
+        _report(config, path, step, metrics)
     return int(ExitCode.DONE)
 
 
-def _report(config: Config, layout: Layout, result: dict[str, Any]) -> None:
-    if not layout.is_main:
-        return
-    out = Path(config.run.dir) / "evals" / f"eval_step_{result['step']:06d}.json"
+def _find_checkpoint(config: Config, given: str) -> Path:
+    """The folder of a checkpoint of the run. UnusableInput when there is none."""
+    folder = RunDir(config.run.dir).checkpoints
+    for path in (folder / given, Path(given)):
+        if path.is_dir():
+            return path
+    known = [path.name for _, path in list_checkpoints(folder)]
+    raise UnusableInput(
+        f"--checkpoint {given}: there is no such checkpoint.{did_you_mean(given, known)}"
+        f" {folder} has {', '.join(known) or 'none'}."
+    )
+
+
+def _load(parts: Parts, path: Path) -> int:
+    """Restore the policy from `path`; returns its step. UnusableInput when the checkpoint cannot be used."""
+    try:
+        return int(load(parts.policy, path)["step"])
+    except CheckpointError as error:
+        raise UnusableInput(f"{error}.") from error
+
+
+def _report(config: Config, checkpoint: Path | None, step: int, metrics: Mapping[str, Mapping[str, float]]) -> None:
+    """Print the figures and keep them in the run's folder."""
+    what = str(checkpoint or config.model.path)
+    out = Path(config.run.dir) / "evals" / f"eval_{checkpoint.name if checkpoint else 'base'}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, result)
-    for name, metrics in result["sets"].items():
-        for key, value in metrics.items():
+    finite = {name: {k: v if math.isfinite(v) else None for k, v in found.items()} for name, found in metrics.items()}
+    write_json(out, {"policy": what, "step": step, "sets": finite})
+    for name, found in metrics.items():
+        for key, value in found.items():
             print(f"{name:>16}  {key:<28} {value:.4f}")
-    print(f"written to {out} ({json.dumps(result['checkpoint'] or result['model'])})")
+    print(f"{what}; written to {out}")

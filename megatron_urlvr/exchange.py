@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from .layout import Layout, broadcast_json, gather_json
 from .monitor.audit import Sums, merge
+from .rollout.engine import RolloutEngine
 from .rollout.records import group_from_record, group_to_record
 from .types import Group
 
@@ -37,6 +38,17 @@ def share_groups(groups: Sequence[Group] | None, layout: Layout) -> list[Group]:
     records = None if groups is None else [group_to_record(group) for group in groups]
     received = broadcast_json(records, source=layout.replica_ranks[0], group=layout.replica)
     return list(groups) if groups is not None else [group_from_record(record) for record in received]
+
+
+def hand_over(weights: Iterable[tuple[str, torch.Tensor]], engine: RolloutEngine | None, *, version: int) -> None:
+    """Stream the policy's weights (`Policy.export`) to the engine as `version`. Every rank drains the stream."""
+    if engine is None:
+        for _ in weights:
+            pass
+        return
+    engine.begin_update(version)
+    engine.update(weights)
+    engine.end_update()
 
 
 def gather_from_leaders(value: Any, layout: Layout) -> list[Any]:

@@ -1,6 +1,10 @@
 """How a process ends: exit codes, and the base class of errors that mean unusable input."""
 
+import errno
 from enum import IntEnum
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""`OSError.errno` where a file could not be written for want of space, quota or permitted size."""
 
 
 class ExitCode(IntEnum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ class Preempted(Exception):  # noqa: N818 - not an error: the run goes on anothe
 class Interrupts:
     """Remembers the first signal; the loop asks at safe points. A second Ctrl-C interrupts at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, announce: bool) -> None:
+        """`announce`: say on standard error that a signal was heard (by one rank alone)."""
+        self.announce = announce
         self.received: str | None = None
 
     @contextmanager
@@ -33,4 +36,8 @@ class Interrupts:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.received is None and self.announce:
+            text = f"\n{signal.Signals(number).name}: giving up the step in progress, saving the last completed one"
+            text += "; Ctrl-C again stops at once\n" if number == signal.SIGINT else "\n"
+            os.write(2, text.encode())  # a handler may have interrupted a print, which cannot be entered twice
         self.received = signal.Signals(number).name

@@ -29,7 +29,7 @@ from .data.grading.annotate import annotate
 from .data.tasks import Task, TaskPrompt, get_task
 from .data.tasks.base import split_of
 from .data.tokenizer import load_tokenizer, save_tokenizer
-from .exchange import derive_seed
+from .exchange import derive_seed, hand_over
 from .exit_codes import ExitCode, UnusableInput
 from .layout import start
 from .policy.batch import Row
@@ -89,7 +89,8 @@ def main(config: PretrainConfig) -> int:
     done = folder / SUMMARY
     if not done.exists():
         with RunDir(folder).lock():
-            Pretraining(config, folder).run()
+            if not done.exists():  # another process may have made it in the meantime
+                Pretraining(config, folder).run()
     for name, entry in json.loads(done.read_text()).items():
         point_to(folder / name)
         print(f"{folder / name}  {Measured(**entry['measured'])}{entry['note']}")
@@ -177,9 +178,7 @@ class Pretraining:
 
     def measure(self, step: int) -> Measured:
         """avg@16, maj@16, greedy accuracy and parse rate on the held-out prompts."""
-        self.engine.begin_update(step)
-        self.engine.update(self.policy.export())
-        self.engine.end_update()
+        hand_over(self.policy.export(), self.engine, version=step)
         longest = self.config.data.max_new_tokens
         seed = derive_seed(self.config.run.seed, "measure")
         sampled, right = self._sample(Sampling(16, longest, 1.0, seed=seed))

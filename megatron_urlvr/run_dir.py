@@ -98,6 +98,10 @@ class RunDir:
         """Recorded rollouts of `step`."""
         return self.path / "rollouts" / f"{step_name(step)}.jsonl.zst"
 
+    def evaluations(self, eval_set: str) -> Path:
+        """How many samples of each problem were right, one row an evaluation of `eval_set`."""
+        return self.path / "evals" / f"{eval_set}.jsonl"
+
     def samples(self, step: int) -> Path:
         """Samples of the probe prompts at `step`."""
         return self.path / "samples" / f"{step_name(step)}.jsonl"
@@ -120,7 +124,7 @@ class RunDir:
         path = (self.path / ".lock").resolve()
         if path in _held:
             raise RunLocked(f"{self.path} is in use by this very process (pid {os.getpid()}).")
-        with path.open("a+", encoding="utf-8") as file:
+        with _opened(path) as file:
             _lock(file, self.path)
             _held.add(path)
             try:
@@ -165,11 +169,15 @@ class RunDir:
 
     def write_provenance(self, hashes: Mapping[str, str]) -> None:
         """Replace `provenance.json`; what it said of earlier launches of this run moves to its list `earlier`."""
-        earlier: list[Any] = []
-        if self.provenance.exists():
-            before = json.loads(self.provenance.read_text(encoding="utf-8"))
-            earlier = [*before.pop("earlier", []), before]
+        before = self.read_provenance()
+        earlier = [*before.pop("earlier", []), before] if before else []
         write_json(self.provenance, {"launched": _now(), **provenance(hashes), "earlier": earlier})
+
+    def read_provenance(self) -> dict[str, Any]:
+        """What `provenance.json` says; empty when there is none."""
+        if not self.provenance.exists():
+            return {}
+        return dict(json.loads(self.provenance.read_text(encoding="utf-8")))
 
     def mark_done(self) -> None:
         self.done.touch()
@@ -177,42 +185,6 @@ class RunDir:
     def clear_done(self) -> None:
         """For a completed run that is continued with more steps."""
         self.done.unlink(missing_ok=True)
-
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The rows of `metrics.jsonl`, in file order. A last line torn by a crash is passed over."""
-        return [row for _, row in self._metric_lines()]
-
-    def truncate_metrics(self, step: int) -> int:
-        """Drop the rows after `step`, which a resumed run will write again, and a torn last line. What stays keeps its
-        bytes. Returns the number of rows dropped."""
-        lines = self._metric_lines()
-        kept = [line for line, row in lines if row["step"] <= step]
-        if self.metrics.exists():
-            content = b"".join(kept)
-            if content != self.metrics.read_bytes():
-                write_bytes(self.metrics, content)
-        return len(lines) - len(kept)
-
-    def _metric_lines(self) -> list[tuple[bytes, dict[str, Any]]]:
-        if not self.metrics.exists():
-            return []
-        lines = self.metrics.read_bytes().splitlines(keepends=True)
-        out = []
-        for number, line in enumerate(lines, 1):
-            try:
-                if not line.endswith(b"\n"):
-                    raise ValueError("no end of line")
-                row = json.loads(line)
-                row["step"]
-            except (ValueError, KeyError, TypeError) as error:
-                if number == len(lines):
-                    break
-                raise UnusableInput(
-                    f"{self.metrics}, line {number} is no row of metrics ({error}): the file was edited or damaged. "
-                    "Remove the line, or move the file away."
-                ) from error
-            out.append((line, row))
-        return out
 
 
 def step_name(step: int) -> str:
@@ -256,6 +228,13 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _opened(lock: Path) -> IO[str]:
+    try:
+        return lock.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UnusableInput(f"run.dir = {str(lock.parent)!r} cannot be written to: {error.strerror}.") from error
 
 
 def _lock(file: IO[str], folder: Path) -> None:

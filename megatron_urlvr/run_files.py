@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from .config.loader import to_yaml
+from .analysis.runs import flatten
+from .config.loader import load_config
 from .config.root import Config
 from .exchange import gather_from_leaders
 from .exit_codes import UnusableInput
@@ -20,13 +20,27 @@ from .layout import Layout, broadcast_json
 from .monitor.writers import Writers, build_writers
 from .policy import checkpoint
 from .policy.policy import Policy
-from .provenance import provenance
 from .rollout.records import group_to_record, write_records
 from .run_dir import RunDir, State, write_json, write_text
+from .step_lines import StepLines
 from .types import Group
 
-CHANGEABLE = ("run.steps", "run.resume", "run.threads", "run.name", "run.dir", "monitor.", "checkpoint.")
-"""Settings that may differ between a run and its continuation."""
+CHANGEABLE = (
+    "run.steps",
+    "run.resume",
+    "run.threads",
+    "run.name",
+    "run.dir",
+    "monitor.",
+    "checkpoint.",
+    "eval.every",
+    "rollout.engine",
+    "rollout.replay_from",
+    "rollout.record",
+)
+"""Settings that may differ between a run and its continuation: they decide how long it goes on, what it writes, and
+whether responses are sampled or read from records."""
+MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
 
 
 class RunFiles:
@@ -35,90 +49,109 @@ class RunFiles:
     def __init__(self, config: Config, layout: Layout, folder: RunDir) -> None:
         self.config, self.layout, self.folder = config, layout, folder
         self.writers = Writers([])
+        self.finished = False
+        """The folder holds this very run, and it has come to its end."""
+        self._saved: int | None = None
+        """Step of the newest checkpoint that this process wrote or restored."""
 
     @classmethod
     @contextmanager
     def opened(cls, config: Config, layout: Layout) -> Iterator[RunFiles]:
         """Hold the folder for this run. UnusableInput, on every rank, when it cannot be used."""
-        folder = RunDir(config.run.dir)
-        files = cls(config, layout, folder)
-        if not layout.is_main:
-            files._hear("")
-            yield files
-            return
-        try:
-            with folder.lock():
-                files._refuse_another_run()
-                files._hear("")
+        files = cls(config, layout, RunDir(config.run.dir))
+        with ExitStack() as stack:
+            problem, finished = "", False
+            if layout.is_main:
                 try:
-                    yield files
-                finally:
-                    files.writers.close()
-        except UnusableInput as error:
-            if not files._heard:
-                files._hear(str(error))
-            raise
+                    stack.enter_context(files.folder.lock())
+                    finished = files._is_finished()
+                except UnusableInput as error:
+                    problem = str(error)
+            problem, files.finished = files._from_main([problem, finished])
+            if problem:
+                raise UnusableInput(problem)
+            stack.callback(files._close_writers)
+            yield files
 
-    _heard = False
+    def _from_main(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.layout.world_size == 1:
+            return value
+        return broadcast_json(value, source=0, group=self.layout.control)
 
-    def _hear(self, problem: str) -> None:
-        """Rank 0 tells the others whether the folder may be used."""
-        self._heard = True
-        if self.layout.world_size > 1:
-            problem = broadcast_json(problem, source=0, group=self.layout.control)
-        if problem and not self.layout.is_main:
-            raise UnusableInput(problem)
-
-    def _refuse_another_run(self) -> None:
-        text = to_yaml(self.config)
-        if self.folder.config.exists():
-            changed = _differences(self.folder.config, self.config)
-            if changed:
-                raise UnusableInput(
-                    f"run.dir = {self.folder.path} holds a run with other settings ({'; '.join(changed)}); choose"
-                    " another run.dir, or remove the folder to start over"
-                )
-            if self.config.run.resume == "never" and checkpoint.list_checkpoints(self.folder.checkpoints):
-                raise UnusableInput(
-                    f"run.resume = never, but {self.folder.checkpoints} holds checkpoints; choose another run.dir, or"
-                    " resume=auto to continue"
-                )
-        write_text(self.folder.config, text)
+    def _is_finished(self) -> bool:
+        """Whether there is nothing left to do. UnusableInput when the folder holds what this run would overwrite."""
+        folder, steps = self.folder, self.config.run.steps
+        has_checkpoints = bool(checkpoint.list_checkpoints(folder.checkpoints))
+        if not has_checkpoints and not StepLines(folder.metrics).rows():
+            return False
+        if not folder.config.exists():
+            raise UnusableInput(
+                f"run.dir = {folder.path} holds metrics or checkpoints, but no config.yaml that says of which run;"
+                " choose another run.dir, or remove the folder to start over"
+            )
+        if changed := _differences(load_config(folder.config), self.config):
+            raise UnusableInput(
+                f"run.dir = {folder.path} holds a run with other settings ({'; '.join(changed)}); choose"
+                " another run.dir, or remove the folder to start over"
+            )
+        if self.config.run.resume == "never":
+            raise UnusableInput(
+                f"run.resume = never, but run.dir = {folder.path} holds a run already; choose another run.dir, or"
+                " resume=auto to continue"
+            )
+        status = folder.read_status()
+        if status is None or status.state != "done" or status.step < steps:
+            return False
+        print(f"{folder.path} is done: {status.step} steps; raise run.steps to go on", flush=True)
+        return True
 
     # -- start --------------------------------------------------------------------------------------------------------
 
     def begin(self, fingerprints: Mapping[str, str], policy: Policy) -> dict[str, Any] | None:
         """Restore the newest intact checkpoint into `policy`; returns the trainer's state, None at the beginning.
 
-        Rows of metrics after the restored step are dropped: those steps are taken again.
+        Rows of metrics after the restored step are dropped: those steps are taken again. UnusableInput, on every rank,
+        when no checkpoint is intact, or when data or model (`fingerprints`: their hashes) are not what the run began
+        with.
         """
-        path, problems = checkpoint.newest_intact(policy, self.folder.checkpoints)
-        if path is None and problems:
+        path, damaged = checkpoint.newest_intact(policy, self.folder.checkpoints)
+        if path is None and damaged:
             raise UnusableInput(
-                f"{' '.join(p + '.' for p in problems)} No intact checkpoint is left in {self.folder.checkpoints};"
+                f"{' '.join(p + '.' for p in damaged)} No intact checkpoint is left in {self.folder.checkpoints};"
                 " move the folder away to start over"
             )
+        hashes = dict(fingerprints) | {"model": _hash_model(Path(self.config.model.path))}
+        if problem := self._from_main(_changed_inputs(self.folder, hashes) if path and self.layout.is_main else ""):
+            raise UnusableInput(problem)
         state = None if path is None else checkpoint.load(policy, path)
-        step = -1 if state is None else int(state["step"])
+        self._saved = None if state is None else int(state["step"])
         if self.layout.is_main:
-            for problem in problems:
-                print(f"{problem}; continuing from {path}", file=sys.stderr, flush=True)
-            dropped = self.folder.truncate_metrics(step)
-            self._truncate_evaluations(step)
-            if path is not None:
-                print(f"resumed after step {step} from {path} ({dropped} later rows of metrics dropped)", flush=True)
-            self.folder.clear_done()
-            model = {"model": _hash_folder(Path(self.config.model.path))}
-            write_json(self.folder.provenance, provenance({**fingerprints, **model}))
-            self.folder.write_status("running", max(step, 0))
-            self.writers = build_writers(
-                self.folder.path, self.config.monitor, config=self.config.model_dump(mode="json"), console=True
-            )
+            self._write_start(path, damaged, hashes)
         return state
 
-    def _truncate_evaluations(self, step: int) -> None:
-        for file in (self.folder.path / "evals").glob("*.jsonl"):
-            RunDirLines(file).truncate(step)
+    def _write_start(self, path: Path | None, damaged: Sequence[str], hashes: Mapping[str, str]) -> None:
+        """Cut the folder back to the checkpoint at `path` (None: to nothing), from where the run goes on."""
+        folder, step = self.folder, -1 if self._saved is None else self._saved
+        for problem in damaged:
+            print(f"{problem}; continuing from {path}", file=sys.stderr, flush=True)
+        for newer, broken in checkpoint.list_checkpoints(folder.checkpoints):
+            if newer > step:  # out of the way of the one that will be written in its place, and of the newest k
+                aside = broken.with_name(f"damaged_{broken.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                broken.rename(aside)
+        dropped = StepLines(folder.metrics).truncate(step)
+        for name in self.config.eval.sets:
+            StepLines(folder.evaluations(name)).truncate(step)
+        if path is not None:
+            print(f"resumed after step {step} from {path} ({dropped} later rows of metrics dropped)", flush=True)
+        folder.clear_done()
+        folder.write_config(self.config)
+        folder.write_provenance(hashes)
+        folder.write_status("running", max(step, 0))
+        self.writers = build_writers(
+            folder.path, self.config.monitor, config=self.config.model_dump(mode="json"), console=True
+        )
 
     # -- while it runs ------------------------------------------------------------------------------------------------
 
@@ -128,37 +161,39 @@ class RunFiles:
         if self.layout.is_main:
             self.folder.write_status("running", step)
 
-    def record(self, step: int, groups: Sequence[Group]) -> None:
-        """Keep a step's rollouts, of all replicas, when the config asks for it."""
-        if self.config.rollout.record or self.config.run.rollout_only:
-            self.keep(self.folder.rollouts(step), groups)
-
-    def keep(self, path: Path, groups: Sequence[Group]) -> None:
-        """Write the groups of all replicas to `path`."""
+    def record(self, step: int, groups: Sequence[Group]) -> Path:
+        """Keep a step's rollouts, of all replicas; returns where."""
+        path = self.folder.rollouts(step)
         parts = gather_from_leaders([group_to_record(group) for group in groups], self.layout)
         if self.layout.is_main:
             write_records(path, [record for part in parts for record in part])
+        return path
 
     def append_evaluation(self, name: str, row: Mapping[str, Any]) -> None:
         """Per-problem results of one evaluation of a set."""
         if self.layout.is_main:
-            RunDirLines(self.folder.path / "evals" / f"{name}.jsonl").append(row)
+            StepLines(self.folder.evaluations(name)).append(row)
 
     def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Samples of the probe prompts."""
+        path = self.folder.samples(step)
         if self.layout.is_main and rows:
-            RunDirLines(self.folder.samples(step)).replace(rows)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def save(self, policy: Policy, state: Mapping[str, Any]) -> None:
-        """A checkpoint after `state["step"]`, unless it is there already."""
-        step = int(state["step"])
-        if self._have(step):
-            return
-        checkpoint.save(policy, self.folder.checkpoints, step, dict(state), keep=self.config.checkpoint.keep)
+        """A checkpoint after `state["step"]`, unless it is there already. CheckpointError when it cannot be written.
 
-    def _have(self, step: int) -> bool:
-        there = self.folder.checkpoint(step).exists()
-        return broadcast_json(there, source=0, group=self.layout.control) if self.layout.world_size > 1 else there
+        `state["labels"]`, this replica's uses of labels, is kept for each replica.
+        """
+        step = int(state["step"])
+        if self._saved == step:
+            return
+        trainer = {**state, "labels": gather_from_leaders(state["labels"], self.layout)}
+        checkpoint.save(policy, self.folder.checkpoints, step, trainer, keep=self.config.checkpoint.keep)
+        self._saved = step
+
+    # -- the end ------------------------------------------------------------------------------------------------------
 
     def write_labels(self, supervised: bool, uses: Mapping[str, int]) -> None:
         """Every use of labels, over all replicas."""
@@ -170,57 +205,42 @@ class RunFiles:
             write_json(self.folder.labels, {"supervised": supervised, "uses": dict(sorted(total.items()))})
 
     def end(self, state: State, step: int, *, exit_code: int, reason: str) -> None:
-        """Say how the run ended."""
-        if self.layout.is_main:
+        """Say how the run ended. Of failures every rank may tell: the one that failed knows why."""
+        if self.layout.is_main or state == "failed":
             if state == "done":
                 self.folder.mark_done()
             self.folder.write_status(state, step, exit_code=exit_code, reason=reason)
 
-
-class RunDirLines:
-    """A small JSON-lines file of the run folder, each row with its `step` where it has one."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Add one row."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def replace(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write all rows at once."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-
-    def truncate(self, step: int) -> None:
-        """Keep the whole rows up to `step`."""
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        write_text(self.path, "".join(kept))
+    def _close_writers(self) -> None:
+        try:
+            self.writers.close()
+        except OSError as error:  # each row was flushed when it was logged; this must not hide how the run ended
+            print(f"closing the metrics of {self.folder.path}: {error}", file=sys.stderr, flush=True)
 
 
-def _differences(path: Path, config: Config) -> list[str]:
-    """Settings of a run's resolved config that a continuation may not change, as `key: old -> new`."""
-    old = _flat(OmegaConf.to_container(OmegaConf.load(path)))
-    new = _flat(config.model_dump(mode="json"))
+def _differences(before: Config, now: Config) -> list[str]:
+    """Settings that a continuation may not change, as `key: old -> new`."""
+    old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
     keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k) and not k.startswith(CHANGEABLE))
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys]
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
-    return {k: v for name, branch in tree.items() for k, v in _flat(branch, f"{prefix}{name}.").items()}
+def _changed_inputs(folder: RunDir, hashes: Mapping[str, str]) -> str:
+    """A sentence when data or model differ from what the run began with."""
+    before = folder.read_provenance().get("hashes", {})
+    changed = sorted(name for name in hashes if before.get(name, hashes[name]) != hashes[name])
+    if not changed:
+        return ""
+    return (
+        f"run.dir = {folder.path} holds a run that began with other contents of {', '.join(changed)}, under the same"
+        " settings; put them back, or choose another run.dir"
+    )
 
 
-def _hash_folder(folder: Path) -> str:
+def _hash_model(folder: Path) -> str:
     """SHA-256 over names, sizes and (for small files) contents of a model folder."""
     digest = hashlib.sha256()
-    for file in sorted(p for p in folder.iterdir() if p.is_file()):
+    for file in sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern)):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         if file.stat().st_size <= 64 << 20:
             digest.update(file.read_bytes())

@@ -69,6 +69,7 @@ def test_files_are_where_the_design_says(run):
         "checkpoints/step_000050": run.checkpoint(50),
         "rollouts/step_000050.jsonl.zst": run.rollouts(50),
         "samples/step_000050.jsonl": run.samples(50),
+        "evals/held_out.jsonl": run.evaluations("held_out"),
         "report": run.report,
         "DONE": run.done,
     }
@@ -147,37 +148,6 @@ def test_json_that_no_reader_takes_is_not_written(run):
     with pytest.raises(ValueError):
         write_json(run.status, {"loss": float("nan")})
     assert not run.status.exists()
-
-
-def test_metrics_torn_in_their_last_line_are_read_without_it(run):
-    assert run.read_metrics() == []
-    run.metrics.write_text('{"step": 0, "a": 1.0}\n{"step": 1}\n{"step": 2, "a"')
-    assert run.read_metrics() == [{"step": 0, "a": 1.0}, {"step": 1}]
-
-
-def test_a_last_line_without_its_end_is_torn_even_when_it_parses(run):
-    run.metrics.write_text('{"step": 1}\n{"step": 12}')  # may have been {"step": 12, ...} or {"step": 120}
-    assert run.read_metrics() == [{"step": 1}]
-
-
-def test_metrics_damaged_in_the_middle_are_refused(run):
-    run.metrics.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
-    with pytest.raises(UnusableInput, match="line 2 is no row of metrics"):
-        run.read_metrics()
-
-
-def test_truncating_keeps_the_bytes_of_earlier_rows_and_drops_later_and_torn_ones(run):
-    kept = b'{"step": 0, "a":1.10}\n{"step": 2,  "b": 1e-7}\n'
-    run.metrics.write_bytes(kept + b'{"step": 3}\n{"step": 4}\n{"ste')
-    assert run.truncate_metrics(2) == 2
-    assert run.metrics.read_bytes() == kept
-    assert run.truncate_metrics(2) == 0
-    assert run.metrics.read_bytes() == kept
-
-
-def test_truncating_metrics_that_are_not_there_does_nothing(run):
-    assert run.truncate_metrics(5) == 0
-    assert not run.metrics.exists()
 
 
 def test_done_is_a_marker_that_comes_and_goes(run):
