@@ -63,7 +63,8 @@ def lm_head_stats(
             gradient that reaches it must be exactly 1.
         logits_dtype: type the logits are rounded to. None: float32 for float32 (float64 for float64) and on CPUs; the
             type of `hidden` on GPUs, where float32 may be asked for at twice the workspace.
-        stash_bytes: logits kept for the backward instead of being computed again, at most this much.
+        stash_bytes: logits kept for the backward instead of being computed again, at most this much. On GPUs the
+            one-pass form uses it for larger blocks.
         workspace_bytes: logits that exist at once, at most this much (but at least one tile).
         wgrad: "autograd" returns the weight's gradient; "main_grad" adds it to `weight.main_grad` and sets
             `grad_added_to_main_grad`, as Megatron's gradient accumulation fusion does.

@@ -20,13 +20,19 @@ from .call import HeadCall, cut, logit_scale, read_rows, wide_dtype
 from .gemm import logits_of
 from .gradients import HiddenGrad, WeightGrad
 from .rowstate import COUNT, FIELDS, Slopes, empty_state, slopes, statistics
-from .tiling import Tiling, tile_head, tile_one_pass
+from .tiling import Tiling, row_pitch, tile_head, tile_one_pass
 
 Vocab = int | torch.Tensor
 
 
+def _tile_view(flat: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """`[rows, columns]` at the start of a flat buffer, rows a `row_pitch` apart."""
+    pitch = row_pitch(columns, flat.device)
+    return flat[: rows * pitch].view(rows, pitch)[:, :columns]
+
+
 class Stash:
-    """Tiles of logits kept for the backward, up to a budget."""
+    """Tiles of logits kept for the backward, up to a budget of bytes."""
 
     def __init__(self, budget: int) -> None:
         self._left = budget
@@ -34,12 +40,14 @@ class Stash:
 
     def room(self, tile: slice, columns: slice, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """A buffer for this tile's logits that will be kept, or None when the budget is spent."""
-        shape = (tile.stop - tile.start, columns.stop - columns.start)
-        size = shape[0] * shape[1] * dtype.itemsize
-        if size > self._left:
+        rows, width = tile.stop - tile.start, columns.stop - columns.start
+        elements = rows * row_pitch(width, like.device)
+        if elements * dtype.itemsize > self._left:
             return None
-        self._left -= size
-        return self._kept.setdefault((tile.start, columns.start), like.new_empty(shape, dtype=dtype))
+        self._left -= elements * dtype.itemsize
+        kept = _tile_view(like.new_empty(elements, dtype=dtype), rows, width)
+        self._kept[tile.start, columns.start] = kept
+        return kept
 
     def get(self, tile: slice, columns: slice) -> torch.Tensor | None:
         """The kept logits of this tile, if they were kept."""
@@ -47,18 +55,18 @@ class Stash:
 
 
 class Workspace:
-    """One buffer, viewed as a contiguous tile of whatever shape is needed."""
+    """One buffer for `rows` x `columns` logits, viewed as the tile that is needed; allocated on first use."""
 
-    def __init__(self, elements: int, like: torch.Tensor, dtype: torch.dtype) -> None:
-        self.elements, self._like, self._dtype = elements, like, dtype
+    def __init__(self, rows: int, columns: int, like: torch.Tensor, dtype: torch.dtype) -> None:
+        self.rows, self.columns, self._like, self._dtype = rows, columns, like, dtype
         self._flat: torch.Tensor | None = None
 
     def tile(self, rows: slice, columns: slice, offset: int = 0) -> torch.Tensor:
-        """A `[rows, columns]` view; allocated on first use."""
+        """A `[rows, columns]` view that begins `offset` elements into the buffer."""
         if self._flat is None:
-            self._flat = self._like.new_empty(self.elements, dtype=self._dtype)
-        shape = (rows.stop - rows.start, columns.stop - columns.start)
-        return self._flat[offset : offset + shape[0] * shape[1]].view(shape)
+            size = self.rows * row_pitch(self.columns, self._like.device)
+            self._flat = self._like.new_empty(size, dtype=self._dtype)
+        return _tile_view(self._flat[offset:], rows.stop - rows.start, columns.stop - columns.start)
 
 
 def _parts(chunks: list[slice], rows: int, like: torch.Tensor, call: HeadCall) -> torch.Tensor:
@@ -73,9 +81,15 @@ def _parts(chunks: list[slice], rows: int, like: torch.Tensor, call: HeadCall) -
     return parts
 
 
-def _two_pass_tiling(rows: int, call: HeadCall, like: torch.Tensor) -> Tiling:
-    size = call.logits_dtype.itemsize
-    return tile_head(rows, call.valid, itemsize=size, device=like.device, workspace_bytes=call.workspace_bytes)
+def _two_pass_tiling(rows: int, call: HeadCall, like: torch.Tensor, *, transient: bool) -> Tiling:
+    return tile_head(
+        rows,
+        call.valid,
+        itemsize=call.logits_dtype.itemsize,
+        device=like.device,
+        workspace_bytes=call.workspace_bytes,
+        transient=transient,
+    )
 
 
 def vocabulary(call: HeadCall, state: torch.Tensor) -> Vocab:
@@ -92,9 +106,9 @@ def forward_pass(
     rows = read_rows(hidden, call)
     wide = wide_dtype(hidden.dtype)
     scale = logit_scale(hidden, call)
-    tiling = _two_pass_tiling(rows.shape[0], call, rows)
+    tiling = _two_pass_tiling(rows.shape[0], call, rows, transient=stash_bytes == 0)
     stash = Stash(stash_bytes)
-    work = Workspace(tiling.tile_rows * tiling.chunk, rows, call.logits_dtype)
+    work = Workspace(tiling.tile_rows, tiling.chunk, rows, call.logits_dtype)
     chunks = tiling.chunks(call.valid)
     states = []
     for block in tiling.blocks(rows.shape[0]):
@@ -123,10 +137,10 @@ def backward_pass(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of hidden and weight (`need`: which of them), tiles taken from the stash or computed again."""
     count = gradient.lse.shape[0]
-    tiling = _two_pass_tiling(count, call, hidden)
+    tiling = _two_pass_tiling(count, call, hidden, transient=False)
     sums = _Sums(hidden, weight, call, count, tiling, need)
     rows = read_rows(hidden, call, sums.room)
-    work = Workspace(tiling.tile_rows * tiling.chunk, rows, call.logits_dtype)
+    work = Workspace(tiling.tile_rows, tiling.chunk, rows, call.logits_dtype)
     slope_room = _slope_room(work, rows, call)
     scale = logit_scale(hidden, call)
     for block in tiling.blocks(count):
@@ -153,7 +167,7 @@ def one_pass(
     tiling = _one_pass_tiling(count, call, hidden)
     sums = _Sums(hidden, weight, call, count, tiling, need)
     rows = read_rows(hidden, call, sums.room)
-    work = Workspace(tiling.block_rows * call.valid, rows, call.logits_dtype)
+    work = Workspace(tiling.block_rows, call.valid, rows, call.logits_dtype)
     slope_room = _slope_room(work, rows, call)
     scale = logit_scale(hidden, call)
     chunks = tiling.chunks(call.valid)
@@ -163,7 +177,7 @@ def one_pass(
         for part, columns in zip(parts, chunks, strict=False):
             chunk_weight = weight[columns].to(rows.dtype)
             for tile in tiling.tiles(block):
-                logits = work.tile(tile, columns, _place(block, tile, columns))
+                logits = work.tile(tile, columns, _place(block, tile, columns, rows.device))
                 logits_of(rows[tile], chunk_weight, logits)
                 _row_state(call, logits, part[:, _inside(tile, block)], tile, columns, scale, consume=False)
         shard = call.ops.merge(parts, call.wanted)
@@ -175,8 +189,8 @@ def one_pass(
         for columns in chunks:
             chunk_weight = weight[columns].to(rows.dtype)
             for tile in tiling.tiles(block):
-                logits = work.tile(tile, columns, _place(block, tile, columns))
-                out = slope_room.tile(tile, columns, _place(block, tile, columns))
+                logits = work.tile(tile, columns, _place(block, tile, columns, rows.device))
+                out = slope_room.tile(tile, columns, _place(block, tile, columns, rows.device))
                 _dlogits(call, logits, out, gradient.rows(_inside(tile, block)), tile, columns, scale)
                 sums.add(block, tile, columns, out, chunk_weight, rows[tile])
         sums.end_block(block)
@@ -282,16 +296,16 @@ def _inside(tile: slice, block: slice) -> slice:
     return slice(tile.start - block.start, tile.stop - block.start)
 
 
-def _place(block: slice, tile: slice, columns: slice) -> int:
-    """Where a tile lies in a buffer of a block's whole rows: chunk after chunk, tile after tile, each contiguous."""
-    width = columns.stop - columns.start
-    return (block.stop - block.start) * columns.start + (tile.start - block.start) * width
+def _place(block: slice, tile: slice, columns: slice, device: torch.device) -> int:
+    """Where a tile begins in a buffer of a block's whole rows: chunk after chunk, tile after tile."""
+    pitch = row_pitch(columns.stop - columns.start, device)
+    return (block.stop - block.start) * columns.start + (tile.start - block.start) * pitch
 
 
 def _slope_room(work: Workspace, rows: torch.Tensor, call: HeadCall) -> Workspace:
     """Where dlogits go: over the logits, except where a GPU's GEMMs want them narrower than the logits."""
     if rows.is_cuda and rows.dtype != call.logits_dtype:
-        return Workspace(work.elements, rows, rows.dtype)
+        return Workspace(work.rows, work.columns, rows, rows.dtype)
     return work
 
 
@@ -305,4 +319,6 @@ def _one_pass_tiling(count: int, call: HeadCall, like: torch.Tensor) -> Tiling:
     """Blocks have a collective each: their size is made of what all ranks know alike."""
     agreed = call.valid if call.tp.group is None else -(-(call.vocab_size or 0) // call.tp.size)
     size = call.logits_dtype.itemsize
-    return tile_one_pass(count, agreed, itemsize=size, device=like.device, workspace_bytes=call.workspace_bytes)
+    # Each block adds to all of dW: a GPU, whose memory traffic that is, uses the stash's budget for larger blocks.
+    budget = call.workspace_bytes if like.device.type == "cpu" else max(call.workspace_bytes, call.stash_bytes)
+    return tile_one_pass(count, agreed, itemsize=size, device=like.device, workspace_bytes=budget)

@@ -9,10 +9,18 @@ import torch
 CPU_TILE_BYTES = 1 << 20
 """A tile and its exponentials stay in a core's L2 cache (2 MB on current servers)."""
 CPU_TILE_ROWS = 256
+GPU_FORWARD_BYTES = 32 << 20
+"""A forward chunk that nobody keeps: it stays in an H100's 50 MB of L2 between the GEMM and its reader."""
 MAX_BLOCK_ROWS = 16384
 """Rows of one GPU block: bounds the float32 gradient buffer of a block, and keeps offsets inside it 32-bit."""
 GPU_CHUNK_ALIGN = 256
 """Columns of a GPU chunk are a multiple of this, so that GEMM tiles are full and rows aligned."""
+
+
+def row_pitch(columns: int, device: torch.device) -> int:
+    """Elements from one row of a logits buffer to the next: on GPUs rows begin on 128-byte borders (for 2-byte types),
+    so that GEMMs and kernels move 16 bytes at a time whatever the number of columns."""
+    return columns if device.type == "cpu" else -(-columns // 64) * 64
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,13 @@ class Tiling:
         return [slice(i, min(i + self.chunk, columns)) for i in range(0, columns, self.chunk)]
 
 
-def tile_head(rows: int, columns: int, *, itemsize: int, device: torch.device, workspace_bytes: int) -> Tiling:
-    """Sizes for the LM head: `rows` x `columns` logits of `itemsize` bytes, at most `workspace_bytes` at once."""
+def tile_head(
+    rows: int, columns: int, *, itemsize: int, device: torch.device, workspace_bytes: int, transient: bool = False
+) -> Tiling:
+    """Sizes for the LM head: `rows` x `columns` logits of `itemsize` bytes, at most `workspace_bytes` at once.
+
+    transient: each chunk is read once, right after it was computed.
+    """
     rows, columns = max(rows, 1), max(columns, 1)
     if device.type == "cpu":
         budget = max(min(workspace_bytes, CPU_TILE_BYTES), 4096)
@@ -53,6 +66,8 @@ def tile_head(rows: int, columns: int, *, itemsize: int, device: torch.device, w
             return Tiling(rows, min(rows, max(1, budget // (columns * itemsize))), columns)
         return Tiling(rows, tile_rows, chunk)
     block = min(rows, MAX_BLOCK_ROWS)
+    if transient:
+        workspace_bytes = min(workspace_bytes, GPU_FORWARD_BYTES)
     chunk = workspace_bytes // (block * itemsize) // GPU_CHUNK_ALIGN * GPU_CHUNK_ALIGN
     return Tiling(block, block, min(max(chunk, GPU_CHUNK_ALIGN), columns))
 
