@@ -78,6 +78,10 @@ class NextToken:
         """-sum weight * logp."""
         return -(stats.get("logp") * inputs.weight).sum(), {}
 
+    def upstream(self, inputs: LossInputs) -> dict[str, torch.Tensor]:
+        """The loss is linear in logp: its gradient is known before the forward."""
+        return {"logp": -inputs.weight}
+
     def finish(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Nothing to divide: weights sum to one."""
         return dict(sums)

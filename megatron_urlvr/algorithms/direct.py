@@ -53,6 +53,12 @@ class DirectLoss:
         """Whether `LossInputs.ref_logp` must be given."""
         return self.kl_coef > 0
 
+    def upstream(self, inputs: LossInputs) -> dict[str, torch.Tensor] | None:
+        """The gradient of the loss with respect to its statistic, `[R]`; None with a KL term, which is not linear."""
+        if self.needs_reference:
+            return None
+        return {self.statistic: self.sign * inputs.weight * inputs.advantage}
+
     def coefficients(self, advantages: Sequence[float], logp: Sequence[torch.Tensor]) -> list[float]:
         """What each sample's tokens are multiplied by, from its log-probs when sampled (`[T]` each). Rewards and their
         advantages play no part."""

@@ -175,6 +175,13 @@ class PolicyLoss:
             metrics[WEIGHT] = weight.sum()
         return loss, metrics
 
+    def upstream(self, inputs: LossInputs) -> dict[str, torch.Tensor] | None:
+        """The gradient of the loss with respect to `logp`, `[R]`, where it is known before the forward: strictly
+        on-policy the ratio is 1, no clip is active, and it is `-weight * advantage`. None otherwise."""
+        if inputs.old_logp is not None or self.needs_reference:
+            return None
+        return {"logp": -inputs.weight * inputs.advantage}
+
     def coefficients(self, advantages: Sequence[float], logp: Sequence[torch.Tensor]) -> list[float]:
         """What each sample's tokens are multiplied by: its advantage."""
         return list(advantages)

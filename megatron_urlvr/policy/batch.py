@@ -83,6 +83,8 @@ class PackedBatch:
     """Index of each sample in the whole batch."""
     columns: dict[str, torch.Tensor] = field(default_factory=dict)
     """`[R]` float32 loss inputs (advantage, weight, old_logp, ref_logp)."""
+    upstream: dict[str, torch.Tensor] | None = None
+    """`[R]` gradients of the loss with respect to its statistics, where they are known before the forward."""
 
     def to(self, device: torch.device) -> PackedBatch:
         """This batch on `device`; itself when it is there."""

@@ -86,6 +86,7 @@ class PolicyModel(GPTModel):
             sequence_parallel=self.config.sequence_parallel,
             outputs=self.head.outputs,
             row_index=packed.batch.out_rows,
+            upstream=packed.batch.upstream,
             # Under Megatron's DDP the head adds its weight's gradient to the float32 buffer itself: no [V, H] temporary.
             wgrad="main_grad" if torch.is_grad_enabled() and hasattr(weight, "main_grad") else "autograd",
         )

@@ -50,6 +50,8 @@ class Loss(Protocol):
 
     def __call__(self, stats: TokenStats, inputs: LossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
 
+    def upstream(self, inputs: LossInputs) -> dict[str, torch.Tensor] | None: ...
+
     def finish(self, sums: Mapping[str, float]) -> dict[str, float]: ...
 
 
@@ -229,6 +231,8 @@ class Policy:
         if loss is not None:
             batch.columns = _columns(rows, batch.index)
         batch = batch.to(self.layout.device)
+        if loss is not None:
+            batch.upstream = loss.upstream(_inputs(batch))
         output = model(batch.tokens, None, None, packed_seq_params=PackedSequence.of(batch))
         finish = _collect if loss is None else partial(_loss, loss, batch)
         return output, finish
@@ -256,18 +260,23 @@ def _collect(stats: Any, non_loss_data: bool = True) -> torch.Tensor:
 
 def _loss(loss: Loss, batch: PackedBatch, stats: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Training: Megatron's three-tuple of loss, token count and things to report."""
+    own = TokenStats(**{name: value for name, value in vars(stats).items() if name in TokenStats.__dataclass_fields__})
+    total, metrics = loss(own, _inputs(batch))
+    report = {name: value.detach().clone() for name, value in metrics.items()}
+    report["train/loss"] = total.detach().clone()
+    # Where the head was told the gradient, it has made it already: its own scalar carries it, with another value.
+    total = total if stats.loss is None else stats.loss
+    return total, torch.tensor(len(batch.targets), dtype=torch.int), report
+
+
+def _inputs(batch: PackedBatch) -> LossInputs:
     columns = batch.columns
-    inputs = LossInputs(
+    return LossInputs(
         advantage=columns["advantage"],
         weight=columns["weight"],
         old_logp=columns.get("old_logp"),
         ref_logp=columns.get("ref_logp"),
     )
-    own = TokenStats(**{name: value for name, value in vars(stats).items() if name in TokenStats.__dataclass_fields__})
-    total, metrics = loss(own, inputs)
-    report = {name: value.detach().clone() for name, value in metrics.items()}
-    report["train/loss"] = total.detach().clone()
-    return total, torch.tensor(len(batch.targets), dtype=torch.int), report
 
 
 def _columns(rows: Sequence[Row], index: Sequence[int]) -> dict[str, torch.Tensor]:
