@@ -87,7 +87,7 @@ class PolicyModel(GPTModel):
             outputs=self.head.outputs,
             row_index=packed.batch.out_rows,
             upstream=packed.batch.upstream,
-            # Under Megatron's DDP the head adds its weight's gradient to the float32 buffer itself: no [V, H] temporary.
+            # Under Megatron's DDP the head adds its weight's gradient to the float32 buffer itself.
             wgrad="main_grad" if torch.is_grad_enabled() and hasattr(weight, "main_grad") else "autograd",
         )
 
