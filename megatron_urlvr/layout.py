@@ -82,7 +82,7 @@ def pick_device(wanted: str) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UnusableInput("run.device = cuda, but torch sees no CUDA device; allowed here: auto, cpu")
     if wanted == "cpu" and torch.cuda.is_available():
-        raise UnusableInput("run.device = cpu, but this machine has CUDA: hide its devices with CUDA_VISIBLE_DEVICES= first")
+        raise UnusableInput("run.device = cpu, but this machine has CUDA: hide it with CUDA_VISIBLE_DEVICES= first")
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
