@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -20,6 +20,9 @@ class RolloutEngine(ABC):
 
     version: int = 0
     """Version of the weights in use."""
+
+    interrupted: Callable[[], bool] = staticmethod(lambda: False)
+    """Whether the process was asked to stop: an engine that waits for something raises `Abandoned` then."""
 
     def begin_step(self, step: int) -> None:  # noqa: B027 - sampling engines need no notice
         """The prompts that come next belong to training step `step`."""
@@ -39,6 +42,10 @@ class RolloutEngine(ABC):
     @abstractmethod
     def end_update(self) -> None:
         """All tensors have been handed over: serve the announced version."""
+
+    def metrics(self) -> dict[str, float]:
+        """What the engine measured since the last call; counts, which add up over replicas."""
+        return {}
 
     def close(self) -> None:  # noqa: B027 - most engines have nothing to release
         """Release what the engine holds."""

@@ -125,10 +125,11 @@ class FakeServer:
         *,
         context: int = 64,
         vocab_size: int = 21,
-        faults: Iterator[str | None] = iter(()),
+        faults: Iterator[str | None] | None = None,
         key: str | None = None,
     ) -> None:
-        self.model, self.context, self.vocab_size, self.faults, self.key = model, context, vocab_size, faults, key
+        self.model, self.context, self.vocab_size, self.key = model, context, vocab_size, key
+        self.faults: Iterator[str | None] = iter(()) if faults is None else faults
         self.label = "default"
         self.dead_for = 0
         """Connections that are still reset before the server is back, as if newly started."""

@@ -1,0 +1,217 @@
+"""One batch of prompts, asked of a pool of servers until every sample is there, or nobody is left to ask.
+
+schedule ─► request ─► answer checked ─► delivered ─► group complete ─► handed over
+               └─ fault, counted ─► asked elsewhere          watch: probes, health, starvation
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from ..config.servers import ServersSection
+from ..types import Prompt, Sampling
+from .answers import Answer, Expected, read_answer
+from .faults import Fault, FaultCounts, RolloutFailed
+from .pool import Server, ServerPool, in_need
+from .schedule import Job, Schedule
+
+TICK_S = 0.25
+SAY_EVERY_S = 15.0
+"""While nobody can be asked, one line this often."""
+
+_requests = itertools.count()
+"""Numbers requests of this process: an id is never used twice, also when a sample is asked for again."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the servers serve, as far as answers are checked against it."""
+
+    vocab_size: int
+    stop_ids: frozenset[int]
+    statistics: tuple[str, ...] = ()
+
+
+class Dispatch:
+    """The requests of one `generate` call. Runs on the event loop's thread."""
+
+    def __init__(
+        self,
+        pool: ServerPool,
+        session: aiohttp.ClientSession,
+        settings: ServersSection,
+        *,
+        model: Model,
+        label: str,
+        limit: int,
+        faults: FaultCounts,
+        repair: Callable[[Server], Awaitable[None]] | None,
+        emit: Callable[[int, list[Answer]], None],
+    ) -> None:
+        """`limit`: requests this replica may have on one server; `emit` gets each prompt's position and answers, in
+        sample order, once."""
+        self.pool, self.session, self.settings = pool, session, settings
+        self.model, self.label, self.limit, self.faults = model, label, limit, faults
+        self.repair, self.emit = repair, emit
+        self.wake = asyncio.Event()
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.error: BaseException | None = None
+        self.starved_since: float | None = None
+
+    async def run(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        """Until every group was emitted. RolloutFailed when no server is left for `wait_s`."""
+        self.prompts, self.sampling = prompts, sampling
+        self.schedule = Schedule(len(prompts), sampling.n)
+        self.found: list[dict[int, Answer]] = [{} for _ in prompts]
+        for server in self.pool.up():
+            server.heard = asyncio.get_running_loop().time()
+        self._spawn(self._watch())
+        try:
+            while not self.schedule.finished:
+                if self.error is not None:
+                    raise self.error
+                self._assign()
+                self.wake.clear()
+                await self.wake.wait()
+        finally:
+            for task in self.tasks:
+                task.cancel()
+            await asyncio.gather(*self.tasks, return_exceptions=True)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None and self.error is None:
+            self.error = task.exception()
+        self.wake.set()
+
+    def _assign(self) -> None:
+        """Give every server that may be asked what it can take."""
+        up = {server.id for server in self.pool.up()}
+        for name in [name for name in self.schedule.places if name not in up]:
+            self.schedule.leave(name)
+        for name in up:
+            self.schedule.join(name, self.limit)
+        for name, job in list(self.schedule.assign()):
+            self._spawn(self._ask(self.pool.servers[name], job))
+
+    # -- one request --------------------------------------------------------------------------------------------------
+
+    async def _ask(self, server: Server, job: Job) -> None:
+        prompt = self.prompts[job.prompt]
+        request = f"{self.label}/{prompt.id}/{job.index}/{next(_requests)}"
+        try:
+            payload = await server.client.call(
+                "/generate", self._body(prompt, request), timeout=self.settings.timeout_s
+            )
+            answer = read_answer(payload, self._expected(prompt, request))
+        except Fault as fault:
+            self._failed(server, job, fault)
+            return
+        self.pool.good(server)
+        self.starved_since = None
+        if self.schedule.delivered(server.id, job):
+            self._keep(job, answer)
+
+    def _body(self, prompt: Prompt, request: str) -> dict[str, Any]:
+        return {
+            "input_ids": list(prompt.tokens),
+            "rid": request,
+            "return_logprob": True,
+            "sampling_params": {
+                "max_new_tokens": self.sampling.max_new_tokens,
+                "temperature": self.sampling.temperature,
+                "top_p": self.sampling.top_p,
+                "stop_token_ids": sorted(self.model.stop_ids),
+            },
+        }
+
+    def _expected(self, prompt: Prompt, request: str) -> Expected:
+        return Expected(
+            request=request,
+            prompt_tokens=len(prompt.tokens),
+            max_new_tokens=self.sampling.max_new_tokens,
+            vocab_size=self.model.vocab_size,
+            stop_ids=self.model.stop_ids,
+            label=self.label,
+            statistics=self.model.statistics,
+        )
+
+    def _failed(self, server: Server, job: Job, fault: Fault) -> None:
+        self.faults.add(fault)
+        if self.pool.servers.get(server.id) is server:
+            self.pool.strike(server, fault)
+        times = self.schedule.failed(server.id, job)
+        if times >= self.settings.attempts:
+            prompt = self.prompts[job.prompt]
+            raise RolloutFailed(
+                f"sample {job.index} of prompt {prompt.id!r} failed {times} times (servers.attempts), last on"
+                f" {server.id}: {fault}"
+            )
+
+    def _keep(self, job: Job, answer: Answer) -> None:
+        group = self.found[job.prompt]
+        group[job.index] = answer
+        if len(group) == self.sampling.n:
+            self.emit(job.prompt, [group[index] for index in range(self.sampling.n)])
+
+    # -- beside the requests ------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """Find servers that come back, ask silent ones how they are, and notice when there are none."""
+        said = 0.0
+        while True:
+            now = asyncio.get_running_loop().time()
+            self.pool.discover(self.session)
+            for server in in_need(list(self.pool.servers.values()), now):
+                self._spawn(self.pool.probe(server, self.label, self.repair))
+            for server in self.pool.up():
+                quiet = now - server.heard > self.settings.health_every_s
+                if quiet and not server.probing and self.schedule.running_on(server.id):
+                    self._spawn(self._check(server))
+            if self.pool.up():
+                self.wake.set()
+            else:
+                said = self._starve(now, said)
+            await asyncio.sleep(TICK_S)
+
+    async def _check(self, server: Server) -> None:
+        """Health of a server that owes answers. Out of the pool when it fails: what it has is asked for elsewhere."""
+        server.probing = True
+        try:
+            await server.client.check_health(self.settings.health_timeout_s)
+            server.heard = asyncio.get_running_loop().time()
+        except Fault as fault:
+            self.faults.add(fault)
+            self.pool.drop(server, f"health: {fault}")
+        finally:
+            server.probing = False
+
+    def _starve(self, now: float, said: float) -> float:
+        """Nobody can be asked. Returns when that was said last; RolloutFailed once it has lasted `wait_s`."""
+        if self.starved_since is None:
+            self.starved_since = now
+        waited = now - self.starved_since
+        if waited > self.settings.wait_s:
+            raise RolloutFailed(
+                f"no rollout server for {waited:.0f} s (servers.wait_s = {self.settings.wait_s:g}):"
+                f" {self.pool.summary()}"
+            )
+        if waited >= 1 and now - said >= SAY_EVERY_S:
+            left = self.settings.wait_s - waited
+            print(
+                f"waiting for a rollout server, {left:.0f} s more: {self.pool.summary()}", file=sys.stderr, flush=True
+            )
+            return now
+        return said

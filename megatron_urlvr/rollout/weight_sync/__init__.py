@@ -1,0 +1,1 @@
+"""How weights get from the policy's stream into servers."""

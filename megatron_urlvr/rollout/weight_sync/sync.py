@@ -1,0 +1,194 @@
+"""One update of all servers, from the trainer's first rank.
+
+    pause ─► open ─► bucket, ... (the label with the last) ─► finish ─► snapshot for the rest ─► flush ─► continue
+
+Every bucket is written to the snapshot too, behind the scenes: it is what a server reads that missed the update, or
+that comes back before the next. A server serves again only when it holds all of the new weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from ...config.servers import ServersSection
+from ..faults import Fault, RolloutFailed
+from ..loop import HttpLoop
+from ..pool import Server, ServerPool
+from .buckets import Bucket, buckets
+from .snapshot import Snapshots
+from .transport import Transport
+
+SAY_EVERY_S = 15.0
+ASK_AGAIN_S = 0.5
+
+
+class WeightSync:
+    """Pushes the policy's weights to the servers of a pool. Main thread; HTTP runs on the loop's."""
+
+    def __init__(
+        self,
+        pool: ServerPool,
+        loop: HttpLoop,
+        settings: ServersSection,
+        *,
+        transport: Transport,
+        snapshots: Snapshots,
+        interrupted: Callable[[], bool],
+    ) -> None:
+        self.pool, self.loop, self.settings = pool, loop, settings
+        self.transport, self.snapshots, self.interrupted = transport, snapshots, interrupted
+        self.label = ""
+        """Label of the newest weights."""
+        self.members: list[Server] = []
+        self.metrics: dict[str, float] = {}
+        self._held_back: Bucket | None = None
+        self._problem: Exception | None = None
+
+    def begin(self, label: str) -> None:
+        """Pause every server there is. RolloutFailed when there is none for `wait_s`; Abandoned when asked to stop."""
+        started = time.perf_counter()
+        before, self.label = self.label, label
+        self.members, restarted = self.loop.run(self._assemble(before), self.interrupted)
+        self._keep(self._each("/pause_generation", {"mode": "retract"}))
+        self.snapshots.begin(label)
+        self.transport.open(self.members, restarted=restarted)
+        self._held_back, self._problem = None, None
+        self.metrics = {"sync/seconds_pause": time.perf_counter() - started, "sync/buckets": 0.0, "sync/gb": 0.0}
+        self._sending = time.perf_counter()
+
+    def send(self, stream: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Send a part of the weights. All of `stream` is consumed whatever happens; `end` raises what did."""
+        for bucket in buckets(stream, self.settings.bucket_mb << 20):
+            if self._problem is None:
+                try:
+                    self._send_one(self._held_back, None)
+                    self.snapshots.add(bucket)
+                except OSError as error:
+                    self._problem = error
+            self._held_back = bucket
+
+    def _send_one(self, bucket: Bucket | None, label: str | None) -> None:
+        if bucket is not None:
+            self.transport.send(bucket, label)
+            self.metrics["sync/buckets"] += 1
+            self.metrics["sync/gb"] += bucket.flat.numel() / 1e9
+
+    def end(self) -> None:
+        """The servers that hold the new weights serve again; the others stay fenced. RolloutFailed when the snapshot
+        could not be written."""
+        self._send_one(self._held_back, self.label)
+        self._held_back = None
+        carried = self.transport.finish()
+        self.metrics["sync/seconds_send"] = time.perf_counter() - self._sending
+        self.metrics["sync/gb_per_s"] = self.metrics["sync/gb"] / self.metrics["sync/seconds_send"]
+        started = time.perf_counter()
+        if self._problem is not None:
+            raise RolloutFailed(f"servers.snapshot_dir: the weights could not be written: {self._problem}")
+        ready = self.snapshots.commit()
+        if len(carried) < len(self.members):
+            try:
+                ready.result()
+            except OSError as error:
+                raise RolloutFailed(f"servers.snapshot_dir: the weights could not be written: {error}") from error
+        self.loop.run(self._resume({id(server) for server in carried}))
+        self.metrics["sync/seconds_resume"] = time.perf_counter() - started
+        self.metrics["sync/servers"] = float(len(self.members))
+
+    # -- on the loop's thread -----------------------------------------------------------------------------------------
+
+    async def _assemble(self, before: str) -> tuple[list[Server], bool]:
+        """(Servers that answer, whether one of them is not as the last update left it)."""
+        loop = asyncio.get_running_loop()
+        started, said = loop.time(), 0.0
+        while True:
+            self.pool.discover(self.loop.session)
+            servers = list(self.pool.servers.values())
+            held = await asyncio.gather(*(self._label(server) for server in servers))
+            there = [server for server, label in zip(servers, held, strict=True) if label is not None]
+            if there:
+                return there, any(label not in (None, before) for label in held)
+            waited = loop.time() - started
+            if waited > self.settings.wait_s:
+                raise RolloutFailed(
+                    f"no rollout server for {waited:.0f} s (servers.wait_s = {self.settings.wait_s:g}):"
+                    f" {self.pool.summary()}"
+                )
+            if waited > 1 and loop.time() - said > SAY_EVERY_S:
+                said = loop.time()
+                left = self.settings.wait_s - waited
+                print(
+                    f"waiting for a rollout server, {left:.0f} s more: {self.pool.summary()}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            await asyncio.sleep(ASK_AGAIN_S)
+
+    async def _label(self, server: Server) -> str | None:
+        try:
+            return await server.client.label(self.settings.health_timeout_s)
+        except Fault as fault:
+            self.pool.drop(server, str(fault))
+            return None
+
+    async def _resume(self, carried: set[int]) -> None:
+        await asyncio.gather(*(self._resume_one(server, id(server) in carried) for server in self.members))
+
+    async def _resume_one(self, server: Server, carried: bool) -> None:
+        limit = self.settings.sync_timeout_s
+        try:
+            if carried:
+                await server.client.flush_cache(limit)
+                await server.client.command("/continue_generation", timeout=limit)
+            else:
+                await self.repair(server)
+            held = await server.client.label(self.settings.health_timeout_s)
+        except Fault as fault:
+            self.pool.drop(server, str(fault))
+            return
+        if held == self.label:
+            self.pool.admit(server)
+        else:
+            self.pool.drop(server, f"fenced: it holds the weights {held} after an update to {self.label}")
+
+    async def repair(self, server: Server) -> None:
+        """Let a server read the newest snapshot. Fault when it does not."""
+        if self.snapshots.ready is None:
+            raise Fault("version", "there are no weights to give it yet")
+        label, limit = self.label, self.settings.sync_timeout_s
+        try:
+            folder = await asyncio.wrap_future(self.snapshots.ready)
+        except OSError as error:
+            raise Fault("version", f"the snapshot could not be written: {error}") from error
+        body = {"model_path": str(folder), "weight_version": label, "flush_cache": True}
+        await server.client.command("/update_weights_from_disk", body, timeout=limit)
+        # It may have been left paused by an update that it did not finish.
+        await server.client.command("/continue_generation", timeout=limit)
+
+    def _each(self, path: str, body: dict[str, Any]) -> Coroutine[Any, Any, list[Server]]:
+        async def one(server: Server) -> bool:
+            try:
+                await server.client.command(path, body, timeout=self.settings.sync_timeout_s)
+            except Fault as fault:
+                self.pool.drop(server, str(fault))
+                return False
+            return True
+
+        async def every() -> list[Server]:
+            good = await asyncio.gather(*(one(server) for server in self.members))
+            return [server for server, fine in zip(self.members, good, strict=True) if fine]
+
+        return every()
+
+    def _keep(self, work: Coroutine[Any, Any, Sequence[Server]]) -> None:
+        self.members = list(self.loop.run(work))
+
+    def close(self) -> None:
+        """Leave the group, remove the snapshots."""
+        self.transport.close()
+        self.snapshots.close()

@@ -1,0 +1,116 @@
+"""Answers of servers are whole, finite and for the request, or they are faults of the right kind."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_urlvr.rollout.answers import Expected, read_answer
+from megatron_urlvr.rollout.faults import Fault
+
+EXPECTED = Expected("r1", prompt_tokens=3, max_new_tokens=4, vocab_size=21, stop_ids=frozenset([19]), label="v1")
+
+
+def payload(tokens: list[int], reason: Any = None) -> dict[str, Any]:
+    kind = {"type": "stop", "matched": 19} if tokens[-1] == 19 else {"type": "length", "length": len(tokens)}
+    return {
+        "output_ids": tokens,
+        "meta_info": {
+            "id": "r1",
+            "finish_reason": reason or kind,
+            "prompt_tokens": 3,
+            "completion_tokens": len(tokens),
+            "weight_version": "v1",
+            "output_token_logprobs": [[-0.5 * (k + 1), token, None] for k, token in enumerate(tokens)],
+        },
+    }
+
+
+def test_a_good_answer_gives_tokens_and_log_probs_in_order() -> None:
+    answer = read_answer(payload([5, 6, 19]), EXPECTED)
+    assert answer.tokens == [5, 6, 19]
+    assert answer.finish == "stop"
+    assert torch.equal(answer.logp, torch.tensor([-0.5, -1.0, -1.5]))
+
+
+def test_a_stop_token_in_the_last_place_allowed_is_a_stop() -> None:
+    assert read_answer(payload([1, 2, 3, 19], {"type": "length", "length": 4}), EXPECTED).finish == "stop"
+
+
+def test_statistics_of_the_plug_in_come_along() -> None:
+    good = payload([5, 19])
+    good["meta_info"]["entropy"] = [0.25, 0.5]
+    stats = read_answer(good, Expected(**vars(EXPECTED) | {"statistics": ("logp", "entropy")})).stats
+    assert stats is not None
+    assert torch.equal(stats.get("entropy"), torch.tensor([0.25, 0.5]))
+    assert torch.equal(stats.get("logp"), torch.tensor([-0.5, -1.0]))
+
+
+def test_statistics_that_are_missing_or_not_finite_are_a_fault() -> None:
+    wanted = Expected(**vars(EXPECTED) | {"statistics": ("entropy",)})
+    for values in (None, [0.5], [0.5, float("nan")]):
+        bad = payload([5, 19])
+        bad["meta_info"]["entropy"] = values
+        with pytest.raises(Fault):
+            read_answer(bad, wanted)
+
+
+def spoil(path: str, value: Any) -> dict[str, Any]:
+    """A good answer with one thing changed."""
+    bad = copy.deepcopy(payload([5, 6, 19]))
+    *way, last = path.split(".")
+    here: Any = bad
+    for part in way:
+        here = here[int(part)] if part.isdigit() else here[part]
+    here[int(last) if last.isdigit() else last] = value
+    return bad
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "kind"),
+    [
+        ("output_ids", None, "schema"),
+        ("output_ids", [5, "6", 19], "schema"),
+        ("output_ids", [5, True, 19], "schema"),
+        ("output_ids", [], "length"),
+        ("output_ids", [5, 6, 7, 8, 19], "length"),
+        ("output_ids.1", 21, "token_range"),
+        ("output_ids.1", -1, "token_range"),
+        ("output_ids.1", 19, "finish"),
+        ("output_ids.2", 7, "finish"),
+        ("meta_info", None, "schema"),
+        ("meta_info.id", "r2", "wrong_request"),
+        ("meta_info.id", None, "wrong_request"),
+        ("meta_info.weight_version", "v0", "version"),
+        ("meta_info.weight_version", None, "version"),
+        ("meta_info.weight_versions", [{"version": "v0"}, {"version": "v1"}], "version"),
+        ("meta_info.weight_versions", ["v1"], "schema"),
+        ("meta_info.completion_tokens", 2, "length"),
+        ("meta_info.prompt_tokens", 2, "length"),
+        ("meta_info.finish_reason", {"type": "abort", "message": "Aborted"}, "aborted"),
+        ("meta_info.finish_reason", {"type": "length"}, "finish"),
+        ("meta_info.finish_reason", None, "finish"),
+        ("meta_info.output_token_logprobs", None, "logprob"),
+        ("meta_info.output_token_logprobs", [[-0.5, 5, None]], "logprob"),
+        ("meta_info.output_token_logprobs.0", [-0.5], "logprob"),
+        ("meta_info.output_token_logprobs.0.1", 6, "logprob"),
+        ("meta_info.output_token_logprobs.0.0", None, "logprob"),
+        ("meta_info.output_token_logprobs.0.0", float("nan"), "logprob"),
+        ("meta_info.output_token_logprobs.0.0", float("-inf"), "logprob"),
+        ("meta_info.output_token_logprobs.0.0", 0.1, "logprob"),
+    ],
+)
+def test_whatever_does_not_hold_is_a_fault_of_its_kind(path: str, value: Any, kind: str) -> None:
+    with pytest.raises(Fault) as fault:
+        read_answer(spoil(path, value), EXPECTED)
+    assert fault.value.kind == kind
+
+
+@pytest.mark.parametrize("body", [None, [], "text", 3, [payload([19])]])
+def test_a_body_that_is_no_object_is_a_fault(body: Any) -> None:
+    with pytest.raises(Fault) as fault:
+        read_answer(body, EXPECTED)
+    assert fault.value.kind == "schema"
