@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .agreement import agreed
 from .algorithms.advantages import Advantage, get_advantage
 from .algorithms.direct import DirectLoss, build_objective
 from .algorithms.losses import PolicyLoss
@@ -23,15 +25,18 @@ from .data.labels import LabelStore
 from .data.sources import PromptSet, load_source
 from .data.stream import PromptStream
 from .data.tokenizer import load_tokenizer, stop_ids
-from .exchange import share_groups
+from .exchange import gather_from_leaders, share_groups
 from .exit_codes import UnusableInput
-from .layout import Layout
+from .layout import Layout, broadcast_json
 from .policy.hf.folder import read_config
 from .policy.policy import Policy
 from .rewards.combine import Combined, build_terms
+from .rollout.dispatch import Model
 from .rollout.embedded import EmbeddedEngine
 from .rollout.engine import RolloutEngine
 from .rollout.replay import ReplayEngine
+from .rollout.sglang import SGLangEngine
+from .run_dir import RunDir
 from .types import Group, Prompt, Sampling
 
 
@@ -63,12 +68,21 @@ class Parts:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """Graded groups of this replica's prompts, in their order, on all its ranks."""
         groups = None
-        if self.engine is not None:
-            found = {group.prompt.id: group for group in self.engine.generate(prompts, sampling)}
-            groups = [found[prompt.id] for prompt in prompts]
+        with agreed(self.layout):
+            if self.engine is not None:
+                found = {group.prompt.id: group for group in self.engine.generate(prompts, sampling)}
+                groups = [found[prompt.id] for prompt in prompts]
         groups = share_groups(groups, self.layout)
         annotate(groups, self.grader_of)
         return groups
+
+    def engine_metrics(self) -> dict[str, float]:
+        """What the replicas' engines measured since the last call, added up."""
+        total: dict[str, float] = {}
+        for measured in gather_from_leaders({} if self.engine is None else self.engine.metrics(), self.layout):
+            for name, value in measured.items():
+                total[name] = total.get(name, 0.0) + value
+        return total
 
     def grader_of(self, prompt: Prompt) -> Grader:
         """The grader of the set that a prompt belongs to."""
@@ -142,6 +156,7 @@ def build(config: Config, layout: Layout) -> Parts:
     if problems := [*_training_data(config, train, reward), *_without_labels(held_out)]:
         raise UnusableInput("\n".join(problems))
     kl = config.algorithm.kl
+    session = _new_session(layout)
     policy = Policy(
         config.model,
         config.parallel,
@@ -159,7 +174,7 @@ def build(config: Config, layout: Layout) -> Parts:
         stream=PromptStream(train.prompts, seed=config.run.seed, shuffle=config.data.shuffle),
         held_out=held_out,
         policy=policy,
-        engine=build_engine(config, policy, tokenizer) if layout.is_leader else None,
+        engine=build_engine(config, policy, tokenizer, session) if layout.is_leader else None,
         reward=reward,
         advantage=get_advantage(config.algorithm.advantage),
         loss=build_objective(config.algorithm.loss, kl),
@@ -195,8 +210,16 @@ def _real_vocab(config: Config, tokenizer: PreTrainedTokenizerBase) -> int | Non
     return len(tokenizer) if config.model.vocab == "tokenizer" else None
 
 
-def build_engine(config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> RolloutEngine:
-    """The engine of `rollout.engine`, on a replica's leader."""
+def _new_session(layout: Layout) -> str:
+    """A name for this process, or these processes together, that no earlier one had."""
+    name = secrets.token_hex(4)
+    return name if layout.world_size == 1 else str(broadcast_json(name, source=0, group=layout.control))
+
+
+def build_engine(config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase, session: str) -> RolloutEngine:
+    """The engine of `rollout.engine`, on a replica's leader. `session`: see `_new_session`."""
+    if config.rollout.engine == "sglang":
+        return _sglang_engine(config, policy, tokenizer, session)
     if config.rollout.engine == "replay":
         return ReplayEngine(config.rollout.replay_from or "")
     return embedded_engine(
@@ -206,6 +229,25 @@ def build_engine(config: Config, policy: Policy, tokenizer: PreTrainedTokenizerB
         max_batch=config.rollout.batch,
         vocab_size=_real_vocab(config, tokenizer),
     )
+
+
+def _sglang_engine(config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase, session: str) -> SGLangEngine:
+    served = Model(int(policy.hf["vocab_size"]), stop_ids(tokenizer, config.model.path))
+    return SGLangEngine(
+        config.servers,
+        folder=RunDir(config.run.dir).servers,
+        model=Path(config.model.path),
+        decode=_decoder(tokenizer),
+        served=served,
+        device=policy.layout.device,
+        session=session,
+        replicas=policy.layout.dp,
+        pushes=policy.layout.is_main,
+    )
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
+    return lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
 def embedded_engine(
@@ -219,7 +261,7 @@ def embedded_engine(
     """A transformers model of the policy's shape; it holds random weights until the first update."""
     return EmbeddedEngine(
         folder=str(folder),
-        decode=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
+        decode=_decoder(tokenizer),
         stop_ids=stop_ids(tokenizer, folder),
         device=policy.layout.device,
         dtype=policy.dtype,

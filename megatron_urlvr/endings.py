@@ -11,6 +11,7 @@ from .interrupts import Preempted
 from .policy.checkpoint import CheckpointError
 from .policy.optimizer import NonFiniteError
 from .rewards.base import NonFiniteScoreError
+from .rollout.faults import Abandoned, RolloutFailed
 from .run_dir import State
 
 if TYPE_CHECKING:
@@ -48,8 +49,10 @@ def _ending_of(trainer: Trainer) -> Ending:
     """Run to an end that the program knows, and save what belongs to it."""
     try:
         trainer.run()
-    except Preempted:
+    except (Preempted, Abandoned):
         return _preempted(trainer)
+    except RolloutFailed as error:
+        return _no_servers(trainer, error)
     except (NonFiniteError, NonFiniteScoreError) as error:
         return _non_finite(trainer, error)
     return Ending("done", ExitCode.DONE, f"{trainer.step} steps")
@@ -59,10 +62,22 @@ def _preempted(trainer: Trainer) -> Ending:
     signal = trainer.interrupts.received or "a signal on another rank"
     if trainer.completed is None:
         reason = f"{signal} before step 0 was complete; the same command starts again"
+    elif not trainer.untouched:
+        reason = f"{signal} while weights were handed over; the same command resumes from the last checkpoint"
     else:
         trainer.save()
         reason = f"{signal}; saved after step {trainer.completed['step']}, from where the same command resumes"
     return Ending("preempted", ExitCode.PREEMPTED, reason)
+
+
+def _no_servers(trainer: Trainer, error: RolloutFailed) -> Ending:
+    reason = str(error)
+    if trainer.completed is not None and trainer.untouched:
+        trainer.save()
+        reason += f"; saved after step {trainer.step}, from where the same command resumes"
+    else:
+        reason += "; the same command resumes from the last checkpoint"
+    return Ending("failed", ExitCode.NO_SERVERS, reason)
 
 
 def _non_finite(trainer: Trainer, error: Exception) -> Ending:

@@ -147,7 +147,7 @@ def main(config: Config, checkpoint: str | None, sets: list[str] | None) -> int:
     layout = start(config.parallel, device=config.run.device, seed=config.run.seed)
     with closing(build(config, layout)) as parts:
         step = 0 if path is None else _load(parts, path)
-        hand_over(parts.policy.export(), parts.engine, version=step)
+        hand_over(parts.policy.export(), parts.engine, layout, version=step)
         metrics = {}
         for name in sets or config.eval.sets:
             held, seed = parts.held_out[name], derive_seed(config.run.seed, "eval", name)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from .agreement import agreed
 from .layout import Layout, broadcast_json, gather_json
 from .monitor.audit import Sums, merge
 from .rollout.engine import RolloutEngine
@@ -40,15 +41,22 @@ def share_groups(groups: Sequence[Group] | None, layout: Layout) -> list[Group]:
     return list(groups) if groups is not None else [group_from_record(record) for record in received]
 
 
-def hand_over(weights: Iterable[tuple[str, torch.Tensor]], engine: RolloutEngine | None, *, version: int) -> None:
-    """Stream the policy's weights (`Policy.export`) to the engine as `version`. Every rank drains the stream."""
-    if engine is None:
-        for _ in weights:
-            pass
-        return
-    engine.begin_update(version)
-    engine.update(weights)
-    engine.end_update()
+def hand_over(
+    weights: Iterator[tuple[str, torch.Tensor]], engine: RolloutEngine | None, layout: Layout, *, version: int
+) -> None:
+    """Stream the policy's weights (`Policy.export`) to the engine as `version`. Every rank drains the stream; what
+    fails on one rank is raised on all: RolloutFailed, Abandoned."""
+    with agreed(layout):
+        if engine is not None:
+            engine.begin_update(version)
+    with agreed(layout):
+        try:
+            if engine is not None:
+                engine.update(weights)
+                engine.end_update()
+        finally:
+            for _ in weights:
+                pass
 
 
 def gather_from_leaders(value: Any, layout: Layout) -> list[Any]:

@@ -91,6 +91,11 @@ class RunDir:
         """Marker of a completed run: an empty file."""
         return self.path / "DONE"
 
+    @property
+    def servers(self) -> Path:
+        """Where rollout servers announce themselves."""
+        return self.path / "servers"
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / step_name(step)
 

@@ -37,6 +37,7 @@ CHANGEABLE = (
     "rollout.engine",
     "rollout.replay_from",
     "rollout.record",
+    "servers.",
 )
 """Settings that may differ between a run and its continuation: they decide how long it goes on, what it writes, and
 whether responses are sampled or read from records."""

@@ -32,6 +32,7 @@ from .monitor.audit import audit_sums, merge, rates, rollout_sums, term_sums
 from .policy.batch import Row
 from .policy.optimizer import learning_rate
 from .rewards.combine import RewardResult
+from .rollout.faults import Abandoned, RolloutFailed
 from .run_files import RunFiles
 from .types import Group, Sampling
 
@@ -56,6 +57,8 @@ class Trainer:
         self.step = self.version = self.tokens = 0
         self.seconds: dict[str, float] = {}
         self.evaluator = Evaluator(config, parts, files)
+        if parts.engine is not None:
+            parts.engine.interrupted = lambda: interrupts.received is not None
         self.groups: list[Group] = []
         """Groups of the step in progress."""
         self.completed: dict[str, Any] | None = None
@@ -77,13 +80,21 @@ class Trainer:
             self.groups = []
             self.tokens += int(metrics["tokens/step"])
             if self.evaluator.due(self.step):
-                with self.phase("eval"):
-                    metrics |= self.evaluator.run(self.step)
+                metrics |= self.evaluate(metrics)
             self.complete(metrics | self.timings(metrics["tokens/step"], time.perf_counter() - started))
             every = self.config.checkpoint.every
             if every and self.step % every == 0:
                 self.save()
         self.save()
+
+    def evaluate(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Held-out metrics. When no server is left for them the step counts all the same, without them."""
+        try:
+            with self.phase("eval"):
+                return self.evaluator.run(self.step)
+        except (RolloutFailed, Abandoned):
+            self.complete(metrics)
+            raise
 
     def take_step(self, step: int) -> dict[str, float]:
         """Generate, score, reward, update, hand the new weights to the engine."""
@@ -106,7 +117,7 @@ class Trainer:
             with self.phase("sync"):
                 self.version += 1
                 self.push_weights()
-        return metrics
+        return metrics | self.parts.engine_metrics()
 
     def generate(self, step: int) -> list[Group]:
         """Graded groups of this replica's share of the next prompts."""
@@ -142,7 +153,7 @@ class Trainer:
 
     def push_weights(self) -> None:
         """Stream the policy's weights to the engine."""
-        hand_over(self.parts.policy.export(), self.parts.engine, version=self.version)
+        hand_over(self.parts.policy.export(), self.parts.engine, self.parts.layout, version=self.version)
 
     # -- what is complete, and what is not ----------------------------------------------------------------------------
 

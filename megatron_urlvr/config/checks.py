@@ -28,6 +28,7 @@ def check(
         *_shards(config, hf_config),
         *_vocabulary(config, hf_config, tokenizer_size),
         *_context(config, hf_config),
+        *_servers_context(config, hf_config),
         *_signals(config),
     ]
 
@@ -128,6 +129,28 @@ def _context(config: Config, hf_config: Mapping[str, Any]) -> Iterator[str]:
                 f"data.max_prompt_tokens = {prompt} and {setting} = {length} add up to {prompt + length}, more than "
                 f"the {context} positions of model.path = {config.model.path!r}: lower one of the two."
             )
+
+
+SERVER_MARGIN = 2
+"""Positions that SGLang 0.5.23 keeps back: beyond them it shortens responses without a word."""
+
+
+def _servers_context(config: Config, hf_config: Mapping[str, Any]) -> Iterator[str]:
+    if config.rollout.engine != "sglang":
+        return
+    own = hf_config.get("max_position_embeddings", config.servers.policy.context)
+    context = min(config.servers.policy.context, own)
+    asked = {"rollout": config.rollout.max_new_tokens} | {
+        f"eval.sets.{name}": options.max_new_tokens or 0 for name, options in config.eval.sets.items()
+    }
+    section, new = max(asked.items(), key=lambda item: item[1])
+    needed = config.data.max_prompt_tokens + new + SERVER_MARGIN
+    if needed > context:
+        yield (
+            f"data.max_prompt_tokens = {config.data.max_prompt_tokens} and {section}.max_new_tokens = {new} need "
+            f"{needed} positions on a server, {SERVER_MARGIN} of them its own, but servers.pools.policy.context and "
+            f"the model allow {context}: lower one of the two, or raise the context if it is the lower."
+        )
 
 
 def _signals(config: Config) -> Iterator[str]:

@@ -8,8 +8,9 @@ from .base import Section, rule
 
 
 class RolloutSection(Section):
-    engine: Literal["embedded", "replay"] = "embedded"
-    """`embedded`: a transformers model in this process; `replay`: recorded rollouts of another run."""
+    engine: Literal["embedded", "sglang", "replay"] = "embedded"
+    """`embedded`: a transformers model in this process; `sglang`: the servers of `servers`; `replay`: recorded
+    rollouts of another run."""
     prompts: int = Field(ge=1)
     """Prompts of one step, over all data-parallel replicas."""
     n_votes: int = Field(ge=1)

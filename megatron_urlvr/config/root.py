@@ -11,6 +11,7 @@ from .parallel import ParallelSection
 from .reward import RewardSection
 from .rollout import RolloutSection
 from .run import RunSection
+from .servers import ServersSection
 
 
 class Config(Section):
@@ -34,6 +35,8 @@ class Config(Section):
     """The optimizer and its schedule."""
     parallel: ParallelSection = ParallelSection()
     """How the policy is laid out over processes."""
+    servers: ServersSection = ServersSection()
+    """The SGLang servers of `rollout.engine: sglang`."""
     checkpoint: CheckpointSection = CheckpointSection()
     """What is saved to continue from."""
     monitor: MonitorSection = MonitorSection()
@@ -68,6 +71,15 @@ class Config(Section):
             f"rollout.{setting} = 1: {self.algorithm.advantage} compares the responses of one prompt with each other, "
             "and there is nothing to compare a single one with; train on at least 2"
         )
+
+    @rule("rollout.engine", "model.vocab")
+    def _servers_sample_everything(self) -> str | None:
+        if self.rollout.engine == "sglang" and self.model.vocab == "tokenizer":
+            return (
+                "model.vocab = 'tokenizer' with rollout.engine = 'sglang': servers sample from all entries of the "
+                "model's vocabulary, and statistics must cover the same; set model.vocab=config"
+            )
+        return None
 
     @rule("run.rollout_only", "rollout.engine")
     def _recording_a_replay(self) -> str | None:

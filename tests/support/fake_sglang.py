@@ -164,7 +164,7 @@ class FakeServer:
         }
         application.add_routes([web.post(path, handler) for path, handler in posts.items()])
         application.add_routes([web.get("/health", self._health), web.get("/model_info", self._info)])
-        self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.01)
+        self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.01, handler_cancellation=True)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()

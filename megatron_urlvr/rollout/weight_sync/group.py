@@ -52,7 +52,9 @@ class GroupTransport(Transport):
 
     def open(self, members: Sequence[Server], *, restarted: bool) -> None:
         """Make a new group when membership changed, and tell servers that an update begins."""
-        self.members, self.failure = list(members), None
+        self.members, self.failure = list(members), None if members else "there is no server"
+        if not members:
+            return
         wanted = tuple(server.incarnation for server in members)
         try:
             if restarted or wanted != self.joined:

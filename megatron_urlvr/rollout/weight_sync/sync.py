@@ -51,7 +51,12 @@ class WeightSync:
         self._problem: Exception | None = None
 
     def begin(self, label: str) -> None:
-        """Pause every server there is. RolloutFailed when there is none for `wait_s`; Abandoned when asked to stop."""
+        """Pause every server there is.
+
+        The first time a server is waited for: RolloutFailed when there is none for `wait_s`, Abandoned when asked to
+        stop. Later on there may be none: the snapshot is written all the same, so that no step is lost, and
+        generation waits for a server to read it.
+        """
         started = time.perf_counter()
         before, self.label = self.label, label
         self.members, restarted = self.loop.run(self._assemble(before), self.interrupted)
@@ -111,7 +116,7 @@ class WeightSync:
             servers = list(self.pool.servers.values())
             held = await asyncio.gather(*(self._label(server) for server in servers))
             there = [server for server, label in zip(servers, held, strict=True) if label is not None]
-            if there:
+            if there or before:
                 return there, any(label not in (None, before) for label in held)
             waited = loop.time() - started
             if waited > self.settings.wait_s:
