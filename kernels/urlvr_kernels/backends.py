@@ -10,7 +10,7 @@ import torch
 from .call import Ops
 from .torch_ops import TorchOps
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "cuda")
 
 
 def choose_ops(backend: str, like: torch.Tensor) -> Ops:
@@ -23,7 +23,7 @@ def choose_ops(backend: str, like: torch.Tensor) -> Ops:
         return _torch_ops()
     if like.dtype == torch.float64:
         raise ValueError(f"backend: {backend!r} computes in float32; float64 tensors take backend='torch'.")
-    return _triton_ops(like.is_cuda)
+    return _triton_ops(like.is_cuda) if backend == "triton" else _cuda_ops(like.device)
 
 
 @lru_cache
@@ -49,3 +49,12 @@ def _triton_ops(on_gpu: bool) -> Ops:
             "choose 'torch' or 'auto'."
         )
     return TritonOps()
+
+
+@lru_cache
+def _cuda_ops(device: torch.device) -> Ops:
+    if device.type != "cuda":
+        raise ValueError(f"backend: 'cuda' needs tensors on a GPU, these are on {device}; choose 'torch' or 'auto'.")
+    from .cuda_ops import CudaOps
+
+    return CudaOps(device)

@@ -234,7 +234,8 @@ def merge_kernel(
     RANKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Merges `count` states of disjoint columns, in their order; grid (blocks of rows,). Of equal maxima the lowest id."""
+    """Merges `count` states of disjoint columns, in their order; grid (blocks of rows,). Of equal maxima the lowest
+    id."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     m = tl.full((BLOCK,), NEGATIVE_INFINITY, tl.float32)
