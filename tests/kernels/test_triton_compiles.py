@@ -47,7 +47,7 @@ def compile_for(
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name].startswith("*") or name in ("stride", "out_stride")
+        if signature[name].startswith("*") or name in ("stride", "out_stride", "split_columns")
     }
     source = ASTSource(
         fn=kernel,
