@@ -165,7 +165,11 @@ class Pretraining:
     def take_snapshots(self, step: int) -> None:
         """Save every pending snapshot whose rule holds after `step`."""
         by_step = [name for name, rule in self.pending.items() if rule.step == step]
-        bands = {name: rule for name, rule in self.pending.items() if rule.maj_at_least is not None}
+        bands = {
+            name: rule
+            for name, rule in self.pending.items()
+            if rule.maj_at_least is not None and step >= (rule.not_before or 0)
+        }
         check = bool(bands) and step > 0 and step % self.config.data.check_every == 0
         if not by_step and not check:
             return

@@ -56,11 +56,20 @@ class Snapshot(Section):
     """First check whose maj@16 is at least this."""
     maj_at_most: float | None = Field(default=None, ge=0, le=1)
     """Upper end of the band; a check beyond it is reported as a miss of the band, and saved all the same."""
+    not_before: int | None = Field(default=None, ge=0)
+    """Earliest step of a band's snapshot. A policy that has only just learned to answer is about as unsure of its right
+    answers as of its wrong ones."""
 
     @rule("step", "maj_at_least")
     def _one_way(self) -> str | None:
         if (self.step is None) == (self.maj_at_least is None):
             return "a snapshot is taken at a `step` or when `maj_at_least` is reached: give one of the two"
+        return None
+
+    @rule("step", "not_before")
+    def _only_for_bands(self) -> str | None:
+        if self.step is not None and self.not_before is not None:
+            return f"not_before = {self.not_before} belongs to a band; a snapshot at step = {self.step} needs none"
         return None
 
     @rule("maj_at_least", "maj_at_most")
