@@ -15,7 +15,7 @@ from .assembly import HeldOut, Parts, build, preflight
 from .batching import reward_groups, score_groups
 from .config.errors import did_you_mean
 from .config.root import Config
-from .exchange import derive_seed, gather_from_leaders, hand_over, my_share
+from .exchange import derive_seed, gather_from_leaders, hand_over, in_order, my_share
 from .exit_codes import ExitCode, UnusableInput
 from .layout import start, world_size_from_environment
 from .policy.checkpoint import CheckpointError, list_checkpoints, load
@@ -42,10 +42,11 @@ def evaluate_set(
     greedy: Sequence[Group | None] = [None] * len(prompts)
     if spec.greedy:
         greedy = parts.generate(prompts, Sampling(1, longest, 0.0))
-    rows = []
+    rows: list[dict[str, Any] | None] = []
     for group, best in zip(sampled, greedy, strict=True):
         right = parts.correctness(group, use=f"evaluation:{name}")
         if right is None:
+            rows.append(None)
             continue
         best_right = None if best is None else parts.correctness(best, use=f"evaluation:{name}")
         rows.append(
@@ -56,7 +57,7 @@ def evaluate_set(
                 "greedy": None if best_right is None else bool(best_right[0]),
             }
         )
-    return [row for part in gather_from_leaders(rows, parts.layout) for row in part]
+    return [row for row in in_order(gather_from_leaders(rows, parts.layout)) if row is not None]
 
 
 class Evaluator:

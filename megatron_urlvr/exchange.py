@@ -26,9 +26,14 @@ def derive_seed(*parts: object) -> int:
 
 
 def my_share(items: Sequence[T], layout: Layout) -> list[T]:
-    """This replica's contiguous part of `items`; sizes differ by one at most."""
-    bounds = [len(items) * k // layout.dp for k in (layout.dp_rank, layout.dp_rank + 1)]
-    return list(items[bounds[0] : bounds[1]])
+    """This replica's part of `items`: every dp-th, so that sizes differ by one at most and replicas work through the
+    items side by side. Mini-batches then hold the same prompts whatever the number of replicas."""
+    return list(items[layout.dp_rank :: layout.dp])
+
+
+def in_order(shares: Sequence[Sequence[T]]) -> list[T]:
+    """The items of all replicas' shares, in the order they had before `my_share`."""
+    return [share[k] for k in range(max(map(len, shares), default=0)) for share in shares if k < len(share)]
 
 
 def share_groups(groups: Sequence[Group] | None, layout: Layout) -> list[Group]:

@@ -154,6 +154,9 @@ class FiniteLossOfNaNGradient:
 
     needs = frozenset({"logp"})
 
+    def upstream(self, inputs: LossInputs) -> None:
+        return None
+
     def __call__(self, stats: TokenStats, inputs: LossInputs):
         logp = stats.get("logp")
         return (logp * inputs.weight).sum() + 0.0 * (logp - logp.detach()).abs().sqrt().sum(), {}

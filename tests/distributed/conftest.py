@@ -1,0 +1,102 @@
+"""Launches one group of processes a layout, as torchrun would, and hands what its ranks saw to the tests."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from layout_cases import Case, Seen, config_of, make_cases, observe, sampling_config
+
+from megatron_urlvr.train import main as train
+
+HERE = Path(__file__).parent
+TIMEOUT_S = 240
+LAYOUTS = {
+    "tp2": {"tp": 2},
+    "tp2_sp": {"tp": 2, "sequence_parallel": True},
+    "pp2": {"pp": 2},
+    "dp2": {"dp": 2, "distributed_optimizer": True},
+}
+
+
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    torch.set_num_threads(1)
+    return {case.name: case for case in make_cases(tmp_path_factory.mktemp("cases"))}
+
+
+@pytest.fixture(scope="session")
+def alone(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
+    """What one process sees, by case."""
+    out = tmp_path_factory.mktemp("alone")
+    found = {}
+    for name, case in cases.items():
+        config = config_of(case, out / f"{name}_run")
+        seen = observe(config)
+        assert train(config) == 0
+        assert train(sampling_config(case, out / f"{name}_sampled")) == 0
+        found[name] = Seen([seen], out / f"{name}_run", out / f"{name}_sampled")
+    return found
+
+
+@pytest.fixture(scope="session", params=list(LAYOUTS))
+def layout_name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def together(layout_name: str, cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
+    """What two processes see in this layout, by case. One launch a layout."""
+    out = tmp_path_factory.mktemp(layout_name)
+    job = {"parallel": LAYOUTS[layout_name], "cases": [asdict(case) for case in cases.values()]}
+    (out / "job.json").write_text(json.dumps(job, default=str))
+    launch(out, processes=2)
+    found = {}
+    for name in cases:
+        ranks = [torch.load(out / f"{name}_{rank}.pt", weights_only=False) for rank in range(2)]
+        found[name] = Seen(ranks, out / f"{name}_run", out / f"{name}_sampled")
+    return found
+
+
+def launch(out: Path, *, processes: int) -> None:
+    """Run the worker on every rank; fails with the output of the ranks that did."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    support = HERE.parent / "support"
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(support), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, str(HERE / "layout_worker.py"), str(out / "job.json"), str(out)]
+    ranks, logs = [], []
+    for rank in range(processes):
+        logs.append(out / f"rank{rank}.log")
+        with logs[-1].open("w") as log:
+            ranks.append(
+                subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stdout=log, stderr=subprocess.STDOUT)
+            )
+    try:
+        for each in ranks:
+            each.wait(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        codes = [each.poll() for each in ranks]
+        for each in ranks:
+            each.kill()
+            each.wait()
+    if any(codes) or None in codes:
+        pytest.fail(
+            "\n".join(f"rank {r} ended with {code}:\n{logs[r].read_text()[-4000:]}" for r, code in enumerate(codes))
+        )

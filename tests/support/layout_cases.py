@@ -1,0 +1,339 @@
+"""One recorded run, and everything that must come out the same of it whatever the layout.
+
+The parent process of `tests/distributed` computes it alone; `layout_worker.py` computes it on each of several ranks.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from gradients import policy_gradients
+from tiny_models import write_qwen2
+
+from megatron_urlvr.algorithms.advantages import get_advantage
+from megatron_urlvr.algorithms.direct import build_objective
+from megatron_urlvr.assembly import Parts, build
+from megatron_urlvr.batching import mini_batches, reward_groups, score_groups, training_rows
+from megatron_urlvr.config.algorithm import DirectSection, KLSection, LossName, RLSCSection
+from megatron_urlvr.config.model import ModelSection
+from megatron_urlvr.config.optim import OptimSection
+from megatron_urlvr.config.parallel import ParallelSection
+from megatron_urlvr.config.root import Config
+from megatron_urlvr.data.labels import LabelStore
+from megatron_urlvr.data.sources import load_source
+from megatron_urlvr.data.stream import PromptStream
+from megatron_urlvr.data.tokenizer import load_tokenizer
+from megatron_urlvr.exchange import my_share
+from megatron_urlvr.layout import start
+from megatron_urlvr.policy import checkpoint
+from megatron_urlvr.policy.batch import Row, plan_microbatches
+from megatron_urlvr.policy.policy import Policy
+from megatron_urlvr.rewards.registry import available
+from megatron_urlvr.rollout.records import group_to_record, write_records
+from megatron_urlvr.rollout.replay import rollout_file
+from megatron_urlvr.types import STATISTICS, Group, Sample, Sampling
+
+PROMPTS, VOTES, LONGEST, STEPS = 8, 4, 16, 3
+VOCAB = 29
+"""Of the model: more than the tokenizer's 21, and 30 after padding at TP=2."""
+DIRECT: tuple[LossName, ...] = ("em_ft", "self_certainty", "rlsc")
+OPTIONS: Mapping[str, list[dict[str, Any]]] = {
+    "self_certainty": [{"aggregation": "mean"}, {"aggregation": "sum"}],
+    "token_entropy": [{"aggregation": "mean"}, {"aggregation": "sum"}],
+    "trajectory_entropy": [{"aggregation": "mean"}, {"aggregation": "sum"}],
+    "length": [{"target": 5, "sign": -1, "scale": 4}],
+}
+"""What the rewards that cannot do without options are given."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """The files of one model: its folder and a recording made with it."""
+
+    name: str
+    model: Path
+    recorded: Path
+    vocab: str
+    """`model.vocab`."""
+
+
+def config_of(
+    case: Case, folder: Path, *, parallel: Mapping[str, Any] | None = None, **more: Mapping[str, Any]
+) -> Config:
+    """A run on replayed rollouts with a term for every registered reward; two mini-batches a step, two epochs.
+
+    `more`: settings that replace others, by section.
+    """
+    terms = {
+        f"{name} {i}": {"name": name, "weight": 0.1 + 0.07 * (k + i), "normalize": k % 2 == 0, **options}
+        for k, name in enumerate(available())
+        for i, options in enumerate(OPTIONS.get(name, [{}]))
+    }
+    tree: dict[str, Any] = {
+        "run": {"name": "layout", "dir": str(folder), "seed": 3, "steps": STEPS},
+        "model": {"path": str(case.model), "vocab": case.vocab},
+        "data": {"train": {"task": "chain_sum", "size": 64}, "max_prompt_tokens": 16},
+        "rollout": {
+            "engine": "replay",
+            "replay_from": str(case.recorded),
+            "prompts": PROMPTS,
+            "n_votes": VOTES,
+            "max_new_tokens": LONGEST,
+            "temperature": 0.9,
+        },
+        "reward": {"terms": terms},
+        "algorithm": {
+            "advantage": "rloo",
+            "mini_batch": PROMPTS // 2,
+            "epochs": 2,
+            "kl": {"coef": 0.1, "estimator": "k3"},
+        },
+        "optim": {"lr": 1e-3, "clip_grad": 0.0, "ema_decay": 0.9},
+        "parallel": {"max_tokens_per_microbatch": 64, **(parallel or {})},
+        "checkpoint": {"every": 0},
+        "monitor": {"tensorboard": False},
+    }
+    for section, values in more.items():
+        tree[section] = {**tree.get(section, {}), **values}
+    return Config.model_validate(tree)
+
+
+def sampling_config(case: Case, run: Path, *, parallel: Mapping[str, Any] | None = None) -> Config:
+    """One step on the embedded engine's samples, recorded, with an evaluation before and after."""
+    sets = {"held_out": {"task": "chain_sum", "size": 7, "samples": 2, "base_votes": 3}}
+    return config_of(
+        case,
+        run,
+        parallel=parallel,
+        run={"steps": 1},
+        rollout={"engine": "embedded", "replay_from": None, "record": True},
+        eval={"every": 1, "sets": sets},
+    )
+
+
+def record(case: Case, *, vocab: int) -> None:
+    """The rollouts of `STEPS` steps: right and wrong chains, some cut off, and noise of any of `vocab` tokens."""
+    tokenizer = load_tokenizer(case.model)
+    config = config_of(case, case.recorded)
+    source = load_source(
+        config.data.train,
+        name="train",
+        tokenizer=tokenizer,
+        labels=LabelStore(),
+        split="train",
+        seed=config.run.seed,
+        max_prompt_tokens=16,
+        overlong="refuse",
+    )
+    stream = PromptStream(source.prompts, seed=config.run.seed, shuffle=True)
+    section, parallel = ModelSection(path=str(case.model)), ParallelSection()
+    policy = Policy(section, parallel, start(parallel), temperature=config.rollout.temperature)
+    rng = random.Random(5)
+    assert source.task is not None
+    for step in range(1, STEPS + 1):
+        groups = []
+        for place, prompt in enumerate(stream.next(PROMPTS)):
+            task_prompt: Any = prompt
+            samples = []
+            for index in range(VOTES):
+                tokens = tokenizer(source.task.demonstration(task_prompt, rng), add_special_tokens=False)["input_ids"]
+                if rng.random() < 0.3:
+                    tokens = [rng.randrange(vocab) for _ in range(rng.randint(1, LONGEST))]
+                # Every other prompt's are short, so that two replicas need different numbers of micro-batches.
+                tokens = tokens[: 4 if place % 2 else LONGEST]
+                text = str(tokenizer.decode([t for t in tokens if t < 21], skip_special_tokens=True))
+                stopped = tokens[-1] == tokenizer.eos_token_id
+                samples.append(Sample(prompt.id, index, tokens, text, "stop" if stopped else "length"))
+            for sample, stats in zip(
+                samples, policy.score([Row(prompt.tokens, s.tokens) for s in samples], frozenset({"logp"})), strict=True
+            ):
+                sample.logp = stats.get("logp")
+            groups.append(Group(prompt, samples))
+        write_records(rollout_file(case.recorded, step), [group_to_record(group) for group in groups])
+
+
+def make_cases(root: Path) -> list[Case]:
+    """An untied model whose whole vocabulary counts, and a tied one of which the tokenizer's part counts."""
+    cases = []
+    for name, vocab, tokens in (("untied", "config", VOCAB), ("tied", "tokenizer", 21)):
+        model = write_qwen2(root / name, tied=name == "tied", vocab_size=VOCAB, seed=7)
+        case = Case(name, model, root / f"{name}_recorded", vocab)
+        record(case, vocab=tokens)
+        cases.append(case)
+    return cases
+
+
+@dataclass
+class Observed:
+    """What one rank saw. Tensors by prompt id are this replica's; everything else is the same on every rank."""
+
+    rank: int
+    replica: int
+    stats: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """By prompt id and statistic: all samples' tokens laid end to end."""
+    reference_stats: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Log-probs under reference weights that are 5% off."""
+    rewards: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """By prompt id: every term and `total`."""
+    advantages: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """By prompt id and estimator."""
+    members: list[list[str]] = field(default_factory=list)
+    """Prompt ids of this replica in each mini-batch."""
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    """Of each mini-batch's update."""
+    gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    """Of each mini-batch, by Hugging Face name."""
+    microbatches: list[int] = field(default_factory=list)
+    """Number of micro-batches that this replica's part of each mini-batch needs."""
+    direct: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """Gradients of the directly minimised losses on the last mini-batch, by loss and Hugging Face name."""
+    exported: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The weights that were loaded."""
+    stepped: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The weights after one real step."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the ranks of one layout saw of one case, and the runs they trained."""
+
+    ranks: list[Observed]
+    run: Path
+    """On replayed rollouts."""
+    sampled: Path
+    """On the embedded engine's."""
+
+
+def observe(config: Config) -> Observed:
+    """Score, reward and train on step 1 of the recording, every update from the same weights."""
+    layout = start(config.parallel, seed=config.run.seed)
+    with closing(build(config, layout)) as parts:
+        seen = Observed(layout.rank, layout.dp_rank)
+        seen.exported = {name: tensor.clone() for name, tensor in parts.policy.export()}
+        assert parts.policy.reference is not None
+        for tensor in parts.policy.reference.tensors.values():
+            tensor.mul_(1.05)
+        if parts.engine is not None:
+            parts.engine.begin_step(1)
+        prompts = my_share(parts.stream.next(PROMPTS), layout)
+        groups = parts.generate(prompts, Sampling(VOTES, LONGEST, config.rollout.temperature))
+        _observe_scores(config, parts, groups, seen)
+        totals = _observe_rewards(config, parts, groups, seen)
+        _observe_updates(config, parts, training_rows(config, parts, groups, totals), groups, seen)
+        return seen
+
+
+def _observe_scores(config: Config, parts: Parts, groups: Sequence[Group], seen: Observed) -> None:
+    rows = [Row(group.prompt.tokens, sample.tokens) for group in groups for sample in group.samples]
+    found = iter(parts.policy.score(rows, STATISTICS))
+    other = iter(parts.policy.score(rows, frozenset({"logp"}), "reference"))
+    for group in groups:
+        mine = [next(found) for _ in group.samples]
+        seen.stats[group.prompt.id] = {name: torch.cat([stats.get(name) for stats in mine]) for name in STATISTICS}
+        seen.reference_stats[group.prompt.id] = torch.cat([next(other).get("logp") for _ in group.samples])
+
+
+def _observe_rewards(config: Config, parts: Parts, groups: Sequence[Group], seen: Observed) -> list[torch.Tensor]:
+    score_groups(config, parts, groups)
+    results = reward_groups(parts, groups)
+    for group, result in zip(groups, results, strict=True):
+        seen.rewards[group.prompt.id] = {**result.by_term, "total": result.total}
+        seen.advantages[group.prompt.id] = {
+            name: get_advantage(name)(result.total[None])[0] for name in ("grpo", "dr_grpo", "rloo")
+        }
+    return [result.total for result in results]
+
+
+def _observe_updates(
+    config: Config, parts: Parts, rows: list[list[Row]], groups: Sequence[Group], seen: Observed
+) -> None:
+    """Every mini-batch with old log-probs that are off by up to 0.4, at a learning rate of 0; then one real step."""
+    owner = {id(row): group.prompt.id for group, members in zip(groups, rows, strict=True) for row in members}
+    for members in rows:
+        for k, row in enumerate(members):
+            assert row.old_logp is not None
+            assert row.ref_logp is not None
+            row.old_logp = row.old_logp + 0.4 * torch.cos(torch.arange(len(row.old_logp)) * 1.7 + k)
+    for batch in mini_batches(config, parts.layout, rows):
+        seen.members.append(list(dict.fromkeys(owner[id(row)] for row in batch)))
+        budget = config.parallel.max_tokens_per_microbatch
+        seen.microbatches.append(len(plan_microbatches(batch, max_tokens=budget, share_prefix=True)))
+        seen.metrics.append(parts.policy.update(batch, parts.loss, lr=0.0))
+        seen.gradients.append(policy_gradients(parts.policy))
+    for name in DIRECT:
+        section = RLSCSection(name="rlsc", alpha=0.3) if name == "rlsc" else DirectSection(name=name)
+        loss = build_objective(section, KLSection())
+        logp = [row.old_logp for row in batch if row.old_logp is not None]
+        for row, coefficient in zip(batch, loss.coefficients([], logp), strict=True):
+            row.advantage = coefficient
+        parts.policy.update(batch, loss, lr=0.0)
+        seen.direct[name] = policy_gradients(parts.policy)
+    parts.policy.update(batch, parts.loss, lr=1e-2)
+    seen.stepped = {name: tensor.clone() for name, tensor in parts.policy.export()}
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def check_checkpoint(config: Config, folder: Path) -> None:
+    """Save and go on; load into a new policy and into the old one and go on: the same bits, moments and EMA too."""
+    layout = start(config.parallel, seed=config.run.seed)
+    rows = _plain_rows(layout.dp_rank)
+
+    def make() -> Policy:
+        return Policy(config.model, config.parallel, layout, optim=OptimSection(lr=1e-2, ema_decay=0.9))
+
+    policy, loss = make(), _Likelihood()
+    for _ in range(3):
+        policy.update(rows, loss, lr=1e-2)
+    path = checkpoint.save(policy, folder, 3, {"step": 3}, keep=1)
+    for _ in range(2):
+        policy.update(rows, loss, lr=1e-2)
+    expected = _state(policy)
+    torch.manual_seed(99)
+    for other in (make(), policy):
+        assert checkpoint.newest_intact(other, folder) == (path, [])
+        assert checkpoint.load(other, path) == {"step": 3}
+        for _ in range(2):
+            other.update(rows, loss, lr=1e-2)
+        found = _state(other)
+        assert found.keys() == expected.keys()
+        different = [name for name in expected if not torch.equal(found[name], expected[name])]
+        assert not different, f"after a load these differ: {different}"
+
+
+class _Likelihood:
+    needs = frozenset({"logp"})
+
+    def upstream(self, inputs: Any) -> None:
+        return None
+
+    def __call__(self, stats: Any, inputs: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return -(stats.get("logp") * inputs.weight).sum(), {}
+
+    def finish(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return dict(sums)
+
+
+def _plain_rows(replica: int) -> list[Row]:
+    rows = [Row((1, 2 + replica, 3), [4, 5, 6 + k]) for k in range(3 + replica)]
+    for row in rows:
+        row.weight = torch.full((3,), 0.1)
+    return rows
+
+
+def _state(policy: Policy) -> dict[str, torch.Tensor]:
+    """Weights, this rank's optimizer state and the EMA."""
+    state = {f"weight/{name}": p.detach().clone() for name, p in policy.model.named_parameters()}
+    assert policy.optimizer is not None
+    assert policy.ema is not None
+    for part in policy.optimizer.parts:
+        for i, entry in enumerate(part.optimizer.state.values()):
+            state |= {f"optimizer/{i}/{name}": torch.as_tensor(value).clone() for name, value in entry.items()}
+    return state | {f"ema/{name}": tensor.clone() for name, tensor in policy.ema.tensors.items()}
