@@ -22,6 +22,7 @@ class Interrupts:
         """`announce`: say on standard error that a signal was heard (by one rank alone)."""
         self.announce = announce
         self.received: str | None = None
+        self._process = os.getpid()
 
     @contextmanager
     def listening(self) -> Iterator[Interrupts]:
@@ -34,6 +35,8 @@ class Interrupts:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a forked writer of checkpoints, which ends by itself
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is None and self.announce:

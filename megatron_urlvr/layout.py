@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,12 +65,6 @@ class Layout:
         return self.pipeline_ranks[-1]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def world_size_from_environment() -> int:
     """World size as torchrun or srun announces it; 1 without them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -101,12 +94,11 @@ def start(parallel: ParallelSection, *, device: str = "auto", seed: int = 0) -> 
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
-        defaults = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        for name, value in defaults.items():
-            os.environ.setdefault(name, value)
-        if "MASTER_PORT" not in os.environ:
-            os.environ["MASTER_PORT"] = str(_free_port())
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        if world_size_from_environment() > 1:
+            dist.init_process_group(backend)
+        else:  # alone: no port that another run on this machine might take, nothing left in the environment
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     mpu.destroy_model_parallel()
     mpu.initialize_model_parallel(parallel.tp, parallel.pp)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

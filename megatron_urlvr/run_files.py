@@ -207,6 +207,7 @@ class RunFiles:
 
     def end(self, state: State, step: int, *, exit_code: int, reason: str) -> None:
         """Say how the run ended. Of failures every rank may tell: the one that failed knows why."""
+        self._close_writers()
         if self.layout.is_main or state == "failed":
             if state == "done":
                 self.folder.mark_done()

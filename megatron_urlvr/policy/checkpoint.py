@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+import queue
 import re
 import shutil
 import warnings
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import load_file, save_file
 
 from ..layout import broadcast_json, gather_json
@@ -46,6 +48,10 @@ _INDEX_NAMES = {
     ("builtins", "set"),
     ("builtins", "frozenset"),
 }
+
+# Saving waits for the files, so that the writer's results can be handed over within this process. For that Megatron
+# starts a manager process (0.16.1), which costs seconds, and which lives on when the trainer is killed.
+filesystem_async._get_write_results_queue = queue.Queue
 
 
 class CheckpointError(RuntimeError):
@@ -116,17 +122,22 @@ def load(policy: Policy, path: Path) -> dict[str, Any]:
     problem = verify(path, _fingerprint(policy)) if layout.is_main else ""
     if problem := _agree(policy, problem):
         raise CheckpointError(problem)
+    stepped = bool(json.loads((path / MANIFEST).read_text())["stepped"])
     if policy.optimizer is not None:
-        _prepare_for_load(policy.optimizer)
+        policy.optimizer.stepped = stepped
+        if stepped:
+            _prepare_for_load(policy.optimizer)
     state = _sharded_state(policy, loading=True)
     with warnings.catch_warnings():
         # torch 2.13 deprecates the sharded tensors that megatron-core 0.16.1 hands to it.
         warnings.filterwarnings("ignore", message="Please use DTensor", category=FutureWarning)
         loaded = dist_checkpointing.load(state, str(path))
     policy.model.load_state_dict(loaded["model"])
-    if policy.optimizer is not None:
+    if policy.optimizer is not None and stepped:
         policy.optimizer.megatron.load_state_dict(loaded["optimizer"])
         _restore_steps(policy.optimizer)
+    elif policy.optimizer is not None:
+        policy.optimizer.megatron.reload_model_params()
     if policy.ema is not None:
         for name, tensor in loaded["ema"].items():
             if name in policy.ema.tensors:
@@ -157,12 +168,12 @@ def verify(path: Path, fingerprint: dict[str, Any]) -> str:
     """A sentence that says what is wrong with a checkpoint; empty when it is whole and of this model."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        written, files, model = manifest["format"], manifest["files"].items(), manifest["model"]
+        written, files, model, _ = (manifest[key] for key in ("format", "files", "model", "stepped"))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return f"checkpoint {path} is refused: it has no readable {MANIFEST}, so it is not one of this program's"
     if written != FORMAT:
         return f"checkpoint {path} is refused: format {written!r}, this program reads {FORMAT}"
-    for name, entry in files:
+    for name, entry in files.items():
         file = path / name
         if not file.is_file():
             return f"checkpoint {path} is refused: {name} is missing"
@@ -239,7 +250,8 @@ def _write_manifest(folder: Path, policy: Policy, step: int) -> None:
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
         files[str(file.relative_to(folder))] = entry
-    manifest = {"format": FORMAT, "step": step, "model": _fingerprint(policy), "files": files}
+    stepped = policy.optimizer is not None and policy.optimizer.stepped
+    manifest = {"format": FORMAT, "step": step, "stepped": stepped, "model": _fingerprint(policy), "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
@@ -274,7 +286,7 @@ def _metadata(policy: Policy) -> dict[str, Any]:
 def _sharded_state(policy: Policy, *, loading: bool = False) -> dict[str, Any]:
     model = policy.model.sharded_state_dict()
     state: dict[str, Any] = {"model": model}
-    if policy.optimizer is not None:
+    if policy.optimizer is not None and policy.optimizer.stepped:  # before the first step there are no moments
         state["optimizer"] = policy.optimizer.megatron.sharded_state_dict(
             model, is_loading=loading, metadata=_metadata(policy)
         )

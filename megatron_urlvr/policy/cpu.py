@@ -16,7 +16,6 @@ import functools
 import importlib.abc
 import importlib.machinery
 import logging
-import multiprocessing
 import os
 import sys
 import types
@@ -150,7 +149,6 @@ def install() -> None:
 
     torch.Tensor.type = cuda_type  # type: ignore[assignment,method-assign]
     _patch_random_state()
-    _patch_checkpoint_queue()
 
 
 def _patch_random_state() -> None:
@@ -160,18 +158,3 @@ def _patch_random_state() -> None:
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state" not in record.getMessage())
-
-
-def _patch_checkpoint_queue() -> None:
-    """Fork, not spawn, the queue process of the checkpoint writer.
-
-    A spawned process imports the main module and torch again, ten seconds for a first save; spawning protects CUDA
-    contexts, of which there are none here.
-    """
-    import megatron.core.dist_checkpointing.strategies.filesystem_async as writer
-
-    @functools.cache
-    def queue() -> Any:
-        return multiprocessing.get_context("fork").Manager().Queue()
-
-    writer._get_write_results_queue = queue

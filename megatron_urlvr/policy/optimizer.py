@@ -46,6 +46,8 @@ class PolicyOptimizer:
         self.clip = section.clip_grad
         self.weight_decay = section.weight_decay
         self.distributed = distributed
+        self.stepped = False
+        """Moments exist: at least one step was taken, here or before the checkpoint that was loaded."""
         self.megatron: Any = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -84,6 +86,7 @@ class PolicyOptimizer:
             group["lr"] = lr * group.get("lr_mult", 1.0)
             group["weight_decay"] = self.weight_decay * group.get("wd_mult", 1.0)
         self.megatron.step_with_ready_grads()
+        self.stepped = True
         return norm
 
     @property
