@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from . import checks
 from .backends import choose_ops
-from .call import HeadCall, wide_dtype
+from .call import HeadCall
+from .device import on_cpu, wide_dtype
 from .head import head_statistics
 from .logits import LogitsCall, logits_statistics
 from .stats import TokenStats
@@ -169,7 +170,7 @@ def logits_stats(
 def _drops_ignored_rows(hidden: torch.Tensor) -> bool:
     """On CPUs ignored rows are dropped. A GPU cannot be asked how many there are without waiting for it, so there they
     are blanked instead."""
-    return hidden.device.type == "cpu"
+    return on_cpu(hidden)
 
 
 def _assemble(

@@ -7,13 +7,9 @@ from typing import Protocol
 
 import torch
 
+from .device import gemm_dtype, wide_dtype
 from .rowstate import Slopes, Wanted
 from .tp import TensorParallel
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of states, statistics and sums: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Ops(Protocol):
@@ -87,11 +83,6 @@ class HeadCall:
     def wanted(self) -> Wanted:
         """Which parts of the state the outputs need."""
         return Wanted.of(self.outputs)
-
-
-def gemm_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """GPUs multiply half precision natively; elsewhere the factors are widened first."""
-    return hidden.dtype if hidden.is_cuda else wide_dtype(hidden.dtype)
 
 
 def folds_temperature(hidden: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from .device import gemm_dtype, on_cpu, wide_dtype
 from .stats import DIFFERENTIABLE, IGNORED, OUTPUTS
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -23,10 +24,10 @@ def _require(condition: bool, sentence: str) -> None:
 
 def require_everywhere(condition: torch.Tensor, sentence: str) -> None:
     """Refuses unless all of `condition` holds; on a GPU asynchronously."""
-    if condition.is_cuda:
-        torch._assert_async(condition.all(), sentence)
-    elif condition.device.type == "cpu":
+    if on_cpu(condition):
         _require(bool(condition.all()), sentence)
+    else:
+        torch._assert_async(condition.all(), sentence)
 
 
 def check_outputs(outputs: Sequence[str], target: torch.Tensor | None) -> tuple[str, ...]:
@@ -131,9 +132,9 @@ def check_row_index(row_index: torch.Tensor, total: int, hidden: torch.Tensor) -
 
 def resolve_logits_dtype(logits_dtype: torch.dtype | None, hidden: torch.Tensor) -> torch.dtype:
     """The type logits are rounded to."""
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(hidden.dtype)
     if logits_dtype is None:
-        return hidden.dtype if hidden.is_cuda else wide
+        return gemm_dtype(hidden)
     _require(
         logits_dtype in (hidden.dtype, wide),
         f"logits_dtype: {logits_dtype}; for hidden states of {hidden.dtype} it can be {hidden.dtype} or {wide}.",
@@ -179,7 +180,7 @@ def check_target(
     )
     limit = "the vocabulary" if vocab_size is None else f"0 .. {vocab_size - 1}"
     sentence = f"target: ids outside {limit}; rows to leave out carry {IGNORED}."
-    if target.device.type == "cpu" and rows:
+    if on_cpu(target) and rows:
         low, high = (int(bound) for bound in target.aminmax())
         _require(vocab_size is None or high < vocab_size, sentence)
         if low >= 0:

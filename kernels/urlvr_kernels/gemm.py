@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import torch
 
+from .device import on_cpu
+
+HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype_out")
+"""From torch 2.8 on a GPU's GEMM can write a wider type than its factors have; before, the factors are widened."""
+
 
 def logits_of(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     """out = hidden @ weight.T. hidden `[R, C]`, weight `[C, H]`, out `[R, C]` of any type."""
     if out.dtype == hidden.dtype:
         torch.mm(hidden, weight.t(), out=out)
-    elif out.is_cuda:
-        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
-    else:  # what a GPU's GEMM does: a wide sum, rounded once
+    elif out.dtype.itemsize < hidden.dtype.itemsize:  # what a GPU's GEMM does: a wide sum, rounded once
         out.copy_(torch.mm(hidden, weight.t()))
+    elif on_cpu(out) or not HAS_OUT_DTYPE:
+        torch.mm(hidden.to(out.dtype), weight.t().to(out.dtype), out=out)
+    else:
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
 
 
 def accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, fresh: bool) -> None:
@@ -25,7 +32,7 @@ def accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, 
             torch.mm(left, right, out=total)
         else:
             total.addmm_(left, right)
-    elif total.is_cuda and total.dtype == torch.float32:  # `out_dtype` has no CPU kernel
+    elif not on_cpu(total) and total.dtype == torch.float32 and HAS_OUT_DTYPE:  # it has no CPU kernel
         if fresh:
             torch.mm(left, right, out_dtype=torch.float32, out=total)
         else:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .call import HeadCall, cut, row_scale, wide_dtype
+from .call import HeadCall, cut, row_scale
+from .device import on_cpu, wide_dtype
 from .gemm import accumulate
 from .tiling import Tiling
 from .tp import PendingSum
@@ -91,7 +92,7 @@ class WeightGrad:
             self._total: torch.Tensor = weight.main_grad  # type: ignore[attr-defined]
             return
         # A chunk that is written once is rounded once, by the GEMM itself; several writes need a wide sum.
-        written_once = weight.is_cuda and rows <= tiling.tile_rows
+        written_once = not on_cpu(weight) and rows <= tiling.tile_rows
         dtype = weight.dtype if written_once else wide_dtype(weight.dtype)
         self._total = weight.new_empty(weight.shape, dtype=dtype)
         written = call.valid if rows else 0

@@ -8,6 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .call import HeadCall
+from .device import on_cpu
 from .gradients import announce_main_grad
 from .passes import Stash, backward_pass, forward_pass, one_pass, vocabulary
 from .rowstate import slopes, statistics
@@ -94,7 +95,7 @@ class _OnePass(torch.autograd.Function):
             "in the "
             "forward pass; put every factor (loss scale, 1/N) into `upstream`, or leave `upstream` out."
         )
-        if grad_loss.is_cuda:
+        if not on_cpu(grad_loss):
             torch._assert_async((grad_loss == 1).all(), message)
         elif grad_loss.item() != 1:
             raise RuntimeError(message)

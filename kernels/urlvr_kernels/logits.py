@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .call import Ops, cut, wide_dtype
+from .call import Ops, cut
+from .device import wide_dtype
 from .rowstate import COUNT, FIELDS, Wanted, empty_state, slopes, statistics
 from .stats import DIFFERENTIABLE
 from .tiling import Tiling, tile_logits

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import torch
 
-from .call import HeadCall, cut, logit_scale, read_rows, wide_dtype
+from .call import HeadCall, cut, logit_scale, read_rows
+from .device import on_cpu, wide_dtype
 from .gemm import logits_of
 from .gradients import HiddenGrad, WeightGrad
 from .rowstate import COUNT, FIELDS, Slopes, empty_state, slopes, statistics
@@ -85,10 +86,12 @@ def _two_pass_tiling(rows: int, call: HeadCall, like: torch.Tensor, *, transient
     return tile_head(
         rows,
         call.valid,
+        width=like.shape[1],
         itemsize=call.logits_dtype.itemsize,
         device=like.device,
         workspace_bytes=call.workspace_bytes,
         transient=transient,
+        many_blocks=call.wgrad == "main_grad" and call.tp.group is None,
     )
 
 
@@ -304,7 +307,7 @@ def _place(block: slice, tile: slice, columns: slice, device: torch.device) -> i
 
 def _slope_room(work: Workspace, rows: torch.Tensor, call: HeadCall) -> Workspace:
     """Where dlogits go: over the logits, except where a GPU's GEMMs want them narrower than the logits."""
-    if rows.is_cuda and rows.dtype != call.logits_dtype:
+    if not on_cpu(rows) and rows.dtype != call.logits_dtype:
         return Workspace(work.rows, work.columns, rows, rows.dtype)
     return work
 
@@ -320,5 +323,5 @@ def _one_pass_tiling(count: int, call: HeadCall, like: torch.Tensor) -> Tiling:
     agreed = call.valid if call.tp.group is None else -(-(call.vocab_size or 0) // call.tp.size)
     size = call.logits_dtype.itemsize
     # Each block adds to all of dW: a GPU, whose memory traffic that is, uses the stash's budget for larger blocks.
-    budget = call.workspace_bytes if like.device.type == "cpu" else max(call.workspace_bytes, call.stash_bytes)
+    budget = call.workspace_bytes if on_cpu(like) else max(call.workspace_bytes, call.stash_bytes)
     return tile_one_pass(count, agreed, itemsize=size, device=like.device, workspace_bytes=budget)

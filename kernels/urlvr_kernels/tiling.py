@@ -13,6 +13,10 @@ GPU_FORWARD_BYTES = 32 << 20
 """A forward chunk that nobody keeps: it stays in an H100's 50 MB of L2 between the GEMM and its reader."""
 MAX_BLOCK_ROWS = 16384
 """Rows of one GPU block: bounds the float32 gradient buffer of a block, and keeps offsets inside it 32-bit."""
+GPU_MEMORY_GOAL = 298_000_000
+"""Bytes a GPU's backward tries to stay under, dH's float32 sum and the logits chunk together."""
+GPU_MIN_CHUNK = 1792
+"""Columns a GPU chunk has at least: each chunk reads and writes all of dH's sum."""
 GPU_CHUNK_ALIGN = 256
 """Columns of a GPU chunk are a multiple of this, so that GEMM tiles are full and rows aligned."""
 
@@ -49,11 +53,20 @@ class Tiling:
 
 
 def tile_head(
-    rows: int, columns: int, *, itemsize: int, device: torch.device, workspace_bytes: int, transient: bool = False
+    rows: int,
+    columns: int,
+    *,
+    width: int,
+    itemsize: int,
+    device: torch.device,
+    workspace_bytes: int,
+    transient: bool = False,
+    many_blocks: bool = False,
 ) -> Tiling:
     """Sizes for the LM head: `rows` x `columns` logits of `itemsize` bytes, at most `workspace_bytes` at once.
 
-    transient: each chunk is read once, right after it was computed.
+    width: of the hidden states, whose gradient is summed in float32; transient: each chunk is read once, right after it
+    was computed; many_blocks: dW is summed in place anyway, so blocks of rows may be as small as memory wants them.
     """
     rows, columns = max(rows, 1), max(columns, 1)
     if device.type == "cpu":
@@ -67,9 +80,14 @@ def tile_head(
         return Tiling(rows, tile_rows, chunk)
     block = min(rows, MAX_BLOCK_ROWS)
     if transient:
-        workspace_bytes = min(workspace_bytes, GPU_FORWARD_BYTES)
-    chunk = workspace_bytes // (block * itemsize) // GPU_CHUNK_ALIGN * GPU_CHUNK_ALIGN
-    return Tiling(block, block, min(max(chunk, GPU_CHUNK_ALIGN), columns))
+        chunk = min(workspace_bytes, GPU_FORWARD_BYTES) // (block * itemsize)
+    else:
+        if many_blocks:
+            block = min(block, max(1024, workspace_bytes // (4 * width) // 128 * 128))
+        beside_sum = max(GPU_MEMORY_GOAL - 4 * width * block, GPU_MIN_CHUNK * block * itemsize)
+        chunk = min(workspace_bytes, beside_sum) // (block * itemsize)
+    chunk = max(chunk // GPU_CHUNK_ALIGN * GPU_CHUNK_ALIGN, GPU_CHUNK_ALIGN)
+    return Tiling(block, block, min(chunk, columns))
 
 
 def tile_one_pass(rows: int, columns: int, *, itemsize: int, device: torch.device, workspace_bytes: int) -> Tiling:
@@ -82,7 +100,7 @@ def tile_one_pass(rows: int, columns: int, *, itemsize: int, device: torch.devic
     if block >= 128:
         block = block // 128 * 128
     if device.type == "cpu":
-        inner = tile_head(block, columns, itemsize=itemsize, device=device, workspace_bytes=workspace_bytes)
+        inner = tile_head(block, columns, width=1, itemsize=itemsize, device=device, workspace_bytes=workspace_bytes)
         return Tiling(block, min(inner.tile_rows, block), inner.chunk)
     return Tiling(block, block, columns)
 
