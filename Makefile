@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint unit distributed clean
+.PHONY: demo test lint unit distributed clean sglang-cpu test-sglang
 
 demo: $(STAMP)  ## the same reward on two beliefs, with a report
 	@$(VENV)/bin/urlvr study configs/demo.yaml
@@ -34,3 +34,10 @@ clean:
 define timed
 	@start=$$(date +%s); $(2); status=$$?; echo "[$(1): $$(( $$(date +%s) - start )) s]"; exit $$status
 endef
+
+# SGLang has an environment of its own, outside the tree (see docs/rollout.md). Prints the path of its Python.
+sglang-cpu:
+	@$(PYTHON) servers/cpu_env.py
+
+test-sglang: $(STAMP)  ## tests that need a real SGLang server, on this CPU
+	$(call timed,tests against SGLang,URLVR_SGLANG_PYTHON="$$($(PYTHON) servers/cpu_env.py)" $(VENV)/bin/pytest tests/sglang)

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from .exit_codes import UnusableInput
 from .layout import Layout, gather_json
 from .rollout.faults import Abandoned, RolloutFailed
 
-SHARED = {kind.__name__: kind for kind in (RolloutFailed, Abandoned)}
+KINDS: tuple[type[Exception], ...] = (RolloutFailed, Abandoned, UnusableInput)
 
 
 @contextmanager
 def agreed(layout: Layout) -> Iterator[None]:
-    """When the block ends with RolloutFailed or Abandoned on any rank, every rank raises it, with the same words.
+    """When the block ends with RolloutFailed, Abandoned or UnusableInput on any rank, every rank raises it, with the
+    same words.
 
     A meeting of all ranks: none goes on to a collective of the model while another still waits for a server.
     """
     problem: Exception | None = None
     try:
         yield
-    except (RolloutFailed, Abandoned) as error:
+    except KINDS as error:
         problem = error
-    mine = None if problem is None else [type(problem).__name__, str(problem)]
-    told = [mine] if layout.world_size == 1 else gather_json(mine, layout.control)
+    mine = None if problem is None else [_kind_of(problem), str(problem)]
+    told: list[Any] = [mine] if layout.world_size == 1 else gather_json(mine, layout.control)
     for one in told:
         if one is not None:
-            raise SHARED[one[0]](one[1]) from problem
+            raise KINDS[one[0]](one[1]) from problem
+
+
+def _kind_of(problem: Exception) -> int:
+    return next(index for index, kind in enumerate(KINDS) if isinstance(problem, kind))

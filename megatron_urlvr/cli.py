@@ -20,6 +20,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+rollout_app = typer.Typer(help="Rollout servers.", no_args_is_help=True)
+app.add_typer(rollout_app, name="rollout")
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML config, or the folder of a run.", metavar="CONFIG")]
 Overrides = Annotated[
@@ -103,6 +105,31 @@ def study(
     from megatron_urlvr.analysis.study import run_study
 
     raise typer.Exit(run_study(loaded, grid, jobs))
+
+
+@rollout_app.command("serve")
+def rollout_serve(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    pool: Annotated[str, typer.Option(help="Pool of servers.pools to serve.")] = "policy",
+) -> None:
+    """Start this host's SGLang servers and keep them running until the run is done."""
+    import asyncio
+
+    from megatron_urlvr.config.loader import load_config
+
+    loaded = load_config(config, overrides or [])
+    from megatron_urlvr.rollout.supervisor import serve
+
+    raise typer.Exit(asyncio.run(serve(loaded, pool)))
+
+
+@rollout_app.command("status")
+def rollout_status(run: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+    """List a run's servers: where they are, whether they answer, which weights they hold."""
+    from megatron_urlvr.commands.rollout import print_status
+
+    print_status(run)
 
 
 @config_app.command("show")

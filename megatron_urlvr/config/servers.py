@@ -58,6 +58,8 @@ class ServersSection(Section):
     """Longest that the answer about its health may take."""
     wait_s: float = Field(default=600, ge=0)
     """With no server left the run waits so long for one to come back, then saves and exits with code 5."""
+    start_timeout_s: float = Field(default=900, gt=0)
+    """Longest that a server may take from its start until it generates; reading 70B of weights takes minutes."""
     attempts: int = Field(default=16, ge=1)
     """Requests for one sample before the run gives up: no server could answer it."""
     hosts: list[str] = Field(default_factory=lambda: ["127.0.0.1", "localhost", "::1"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -105,9 +104,3 @@ def model_context(model: str) -> int | None:
     except (OSError, ValueError) as error:
         raise UnusableInput(f"servers cannot serve {model!r}: {path} cannot be read ({error}).") from error
     return int(limit) if limit is not None else None
-
-
-def plug_in_variables() -> dict[str, str]:
-    """PYTHONPATH under which servers find the statistics plug-in, when this checkout carries it."""
-    root = Path(__file__).resolve().parents[2] / "kernels"
-    return {"PYTHONPATH": os.fspath(root)} if root.is_dir() else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -58,7 +59,7 @@ class SGLangEngine(RolloutEngine):
         self._pending: int | None = None
         self.sync: WeightSync | None = None
         if pushes:
-            snapshots = Snapshots(Path(servers.snapshot_dir or folder / "weights"), model)
+            snapshots = Snapshots(_snapshot_folder(servers, folder, session), model)
             transport: Transport = DiskTransport()
             if servers.transport == "group":
                 transport = GroupTransport(self.loop, device=device, session=session, timeout_s=servers.sync_timeout_s)
@@ -185,3 +186,12 @@ class SGLangEngine(RolloutEngine):
         if self.sync is not None:
             self.sync.close()
         self.loop.close()
+
+
+def _snapshot_folder(servers: ServersSection, folder: Path, session: str) -> Path:
+    """A folder of this session alone: what else lies in `servers.snapshot_dir` is somebody else's."""
+    if servers.snapshot_dir is not None:
+        return Path(servers.snapshot_dir) / f"urlvr-{session}"
+    own = folder / "weights"
+    shutil.rmtree(own, ignore_errors=True)  # what a killed trainer of this run left
+    return own / session

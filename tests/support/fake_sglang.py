@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from aiohttp import web
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 FAULTS = (
     "400",
@@ -72,6 +71,8 @@ class TransformersModel:
     """A transformers model, forward by forward without a cache."""
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
+        from transformers import AutoModelForCausalLM
+
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -127,6 +128,7 @@ class FakeServer:
         vocab_size: int = 21,
         faults: Iterator[str | None] | None = None,
         key: str | None = None,
+        port: int = 0,
     ) -> None:
         self.model, self.context, self.vocab_size, self.key = model, context, vocab_size, key
         self.faults: Iterator[str | None] = iter(()) if faults is None else faults
@@ -146,9 +148,9 @@ class FakeServer:
         self._going = asyncio.Event()
         self._going.set()
         self.url = ""
-        _loop().run(self._start())
+        _loop().run(self._start(port))
 
-    async def _start(self) -> None:
+    async def _start(self, port: int) -> None:
         application = web.Application(middlewares=[self._guard])
         posts: dict[str, Callable[[web.Request], Any]] = {
             "/generate": self._generate,
@@ -163,10 +165,16 @@ class FakeServer:
             "/update_weights_from_distributed": self._from_group,
         }
         application.add_routes([web.post(path, handler) for path, handler in posts.items()])
-        application.add_routes([web.get("/health", self._health), web.get("/model_info", self._info)])
+        application.add_routes(
+            [
+                web.get("/health", self._health),
+                web.get("/health_generate", self._health),
+                web.get("/model_info", self._info),
+            ]
+        )
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.01, handler_cancellation=True)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", port)
         await site.start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
 

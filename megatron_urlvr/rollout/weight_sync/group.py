@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
+from ...exit_codes import UnusableInput
 from ..faults import Fault
 from ..loop import HttpLoop
 from ..pool import Server
@@ -51,7 +52,10 @@ class GroupTransport(Transport):
         return f"urlvr-{self.session}-{self.epoch}"
 
     def open(self, members: Sequence[Server], *, restarted: bool) -> None:
-        """Make a new group when membership changed, and tell servers that an update begins."""
+        """Make a new group when membership changed, and tell servers that an update begins.
+
+        UnusableInput when trainer and servers have different NCCLs.
+        """
         self.members, self.failure = list(members), None if members else "there is no server"
         if not members:
             return
@@ -98,9 +102,9 @@ class GroupTransport(Transport):
         for server in self.members:
             theirs = server.announced.nccl if server.announced else ""
             if theirs and theirs != mine:
-                raise GroupFailed(
-                    f"NCCL {mine} here and {theirs} on {server.id} cannot speak with each other: install the same in"
-                    " both environments, or set servers.transport=disk"
+                raise UnusableInput(
+                    f"servers.transport = group: NCCL {mine} here and {theirs} on {server.id} may not understand each"
+                    " other; install the same in both environments, or set servers.transport=disk."
                 )
 
     def send(self, bucket: Bucket, label: str | None) -> None:

@@ -1,0 +1,1 @@
+"""Stands where SGLang would be, for tests of what starts it."""

@@ -1,0 +1,87 @@
+"""Two replicas, one of whose leaders fails: both end alike, and neither waits for the other for ever."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from megatron_urlvr.agreement import agreed
+from megatron_urlvr.exchange import hand_over
+from megatron_urlvr.exit_codes import UnusableInput
+from megatron_urlvr.rollout.faults import Abandoned, RolloutFailed
+
+PHASES = ("generate", "begin", "update", "end")
+KINDS = {kind.__name__: kind for kind in (RolloutFailed, Abandoned, UnusableInput)}
+
+
+class Engine:
+    """Fails in one phase."""
+
+    def __init__(self, fails_in: str | None, kind: str) -> None:
+        self.fails_in, self.kind = fails_in, kind
+
+    def _maybe(self, phase: str) -> None:
+        if phase == self.fails_in:
+            raise KINDS[self.kind](f"the leader failed in {phase}")
+
+    def generate(self) -> None:
+        self._maybe("generate")
+
+    def begin_update(self, version: int) -> None:
+        self._maybe("begin")
+
+    def update(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        next(weights)
+        self._maybe("update")
+        for _ in weights:
+            pass
+
+    def end_update(self) -> None:
+        self._maybe("end")
+
+
+def leader(rank: int, store: str, phase: str, kind: str, failing: int, out: str) -> None:
+    """One leader's process: what it ended with goes to a file."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
+    )
+    layout: Any = SimpleNamespace(world_size=2, control=dist.group.WORLD)
+    engine: Any = Engine(phase if rank == failing else None, kind)
+
+    def export() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in ("a", "b", "c"):  # collective, as the policy's: every rank must drain it
+            tensor = torch.ones(2)
+            dist.all_reduce(tensor)
+            yield name, tensor
+
+    try:
+        with agreed(layout):
+            engine.generate()
+        hand_over(export(), engine, layout, version=1)
+        ending = "no error"
+    except (RolloutFailed, Abandoned, UnusableInput) as error:
+        ending = f"{type(error).__name__}: {error}"
+    Path(f"{out}{rank}").write_text(ending)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize(
+    ("phase", "kind"),
+    [*((phase, "RolloutFailed") for phase in PHASES), ("generate", "Abandoned"), ("begin", "UnusableInput")],
+)
+def test_whichever_leader_fails_in_whichever_phase_both_end_with_the_same_words(
+    tmp_path: Path, phase: str, kind: str, failing: int
+) -> None:
+    arguments = (str(tmp_path / "store"), phase, kind, failing, str(tmp_path / "out"))
+    multiprocessing.start_processes(leader, arguments, nprocs=2, start_method="fork")
+    endings = {(tmp_path / f"out{rank}").read_text() for rank in (0, 1)}
+    assert endings == {f"{kind}: the leader failed in {phase}"}
