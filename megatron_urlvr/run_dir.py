@@ -111,6 +111,11 @@ class RunDir:
         """Samples of the probe prompts at `step`."""
         return self.path / "samples" / f"{step_name(step)}.jsonl"
 
+    def samples_from(self, step: int) -> list[Path]:
+        """The files of probe samples at `step` and later ones."""
+        found = self.samples(0).parent.glob("step_*.jsonl")
+        return sorted(path for path in found if int(path.stem.removeprefix("step_")) >= step)
+
     def create(self) -> None:
         """Make the folder. UnusableInput when that is not possible."""
         try:

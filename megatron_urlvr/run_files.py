@@ -144,6 +144,8 @@ class RunFiles:
         dropped = StepLines(folder.metrics).truncate(step)
         for name in self.config.eval.sets:
             StepLines(folder.evaluations(name)).truncate(step)
+        for sampled in folder.samples_from(step + 1):
+            sampled.unlink()
         if path is not None:
             print(f"resumed after step {step} from {path} ({dropped} later rows of metrics dropped)", flush=True)
         folder.clear_done()

@@ -24,6 +24,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ..layout import broadcast_json, gather_json
 from .optimizer import PolicyOptimizer
@@ -90,6 +91,8 @@ def save(policy: Policy, folder: Path, step: int, trainer: dict[str, Any], *, ke
         try:
             dist_checkpointing.save(_sharded_state(policy), str(temporary), content_metadata=_metadata(policy))
             _save_rng(temporary, layout.rank)
+        except CheckpointException as error:  # of all ranks that failed; torch makes it a BaseException
+            problem = "; ".join(f"rank {rank}: {wrapped[0]}" for rank, wrapped in error.failures.items())
         except Exception as error:  # the writer's processes report every kind of error; all of them mean "not saved"
             problem = f"{type(error).__name__}: {error}"
     problem = _agree(policy, problem)

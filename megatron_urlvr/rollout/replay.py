@@ -20,24 +20,28 @@ def rollout_file(run: Path, step: int) -> Path:
 
 
 class ReplayEngine(RolloutEngine):
-    """Serves the groups recorded by another run, by prompt id, one step's file after the other."""
+    """Serves the groups recorded by another run, by prompt id, one step's file after the other.
+
+    They are taken as if they had just been sampled. Where the recording run's weights were others (another reward, or
+    `run.rollout_only`), what is trained on after the first step is off-policy, and nothing corrects for it.
+    """
 
     def __init__(self, run: str | Path) -> None:
         self.run = Path(run)
         self.step = 0
         self.version = 0
         self._groups: dict[str, Group] = {}
-        if not rollout_file(self.run, 1).exists():
+        if not any(rollout_file(self.run, 1).parent.glob("step_*.jsonl.zst")):
             raise UnusableInput(
-                f"rollout.replay_from = {run}: no {rollout_file(self.run, 1).name} in its rollouts/;"
-                " record one with rollout.record=true"
+                f"rollout.replay_from = {run}: there are no recorded rollouts in {self.run / 'rollouts'};"
+                " record some with rollout.record=true"
             )
 
     def begin_step(self, step: int) -> None:
         """Serve the rollouts of `step` from now on. UnusableInput when they were not recorded."""
         path = rollout_file(self.run, step)
         if not path.exists():
-            raise UnusableInput(f"rollout.replay_from = {self.run}: {path.name} is not there; lower run.steps")
+            raise UnusableInput(f"rollout.replay_from = {self.run}: {path.name} was not recorded; lower run.steps")
         self.step = step
         groups = [_bare(group_from_record(record)) for record in read_records(path)]
         self._groups = {group.prompt.id: group for group in groups}
