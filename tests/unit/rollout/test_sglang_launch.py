@@ -1,0 +1,57 @@
+"""The command line that starts a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_urlvr.config.servers import PoolSection
+from megatron_urlvr.rollout.launch_server import Environment, server_command, server_environment
+
+CPU = Environment("/env/bin/python", "cpu", "2.13.0+cpu", "", "")
+GPU = Environment("/env/bin/python", "cuda", "2.14.1", "13.0", "2.28.9")
+
+
+def command(pool: PoolSection, environment: Environment, key_file: Path | None = None) -> str:
+    return " ".join(server_command(pool, environment, model="/m", port=31000, key_file=key_file, context=4096))
+
+
+def test_a_server_on_a_gpu() -> None:
+    pool = PoolSection(tp=8, concurrency=512, mem_fraction=0.8, args=["--enable-metrics"])
+    assert command(pool, GPU) == (
+        "/env/bin/python -m sglang.launch_server --model-path /m --host 127.0.0.1 --port 31000 --tp-size 8"
+        " --context-length 4096 --skip-tokenizer-init --mem-fraction-static 0.8 --max-running-requests 512"
+        " --enable-metrics"
+    )
+
+
+def test_a_server_on_a_cpu() -> None:
+    assert command(PoolSection(context=64, concurrency=32), CPU) == (
+        "/env/bin/python -m sglang.launch_server --model-path /m --host 127.0.0.1 --port 31000 --tp-size 1"
+        " --context-length 64 --skip-tokenizer-init --device cpu --attention-backend torch_native --dtype float32"
+        " --max-total-tokens 2048 --max-running-requests 32 --mem-fraction-static 0.05"
+        " --cuda-graph-backend-decode disabled --cuda-graph-backend-prefill disabled"
+    )
+
+
+def test_the_api_key_is_in_no_command_line() -> None:
+    assert "--config /tmp/k.yaml" in command(PoolSection(), GPU, Path("/tmp/k.yaml"))
+
+
+def test_a_server_is_no_part_of_the_training_job() -> None:
+    caller = {
+        "RANK": "3",
+        "WORLD_SIZE": "8",
+        "MASTER_ADDR": "a",
+        "PYTHONPATH": "x",
+        "HOME": "/h",
+        "OMP_NUM_THREADS": "2",
+    }
+    got = server_environment(PoolSection(env={"EXTRA": "1"}), CPU, caller)
+    assert got == {
+        "HOME": "/h",
+        "OMP_NUM_THREADS": "2",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "EXTRA": "1",
+    }
