@@ -1,12 +1,14 @@
-"""Launches one group of processes a layout, as torchrun would, and hands what its ranks saw to the tests."""
+"""Launches groups of processes, as torchrun would, and hands what their ranks saw in each layout to the tests."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +17,16 @@ from layout_cases import Case, Seen, config_of, make_cases, observe, sampling_co
 from megatron_urlvr.train import main as train
 
 HERE = Path(__file__).parent
-TIMEOUT_S = 240
-LAYOUTS = {
-    "tp2": {"tp": 2},
-    "tp2_sp": {"tp": 2, "sequence_parallel": True},
-    "pp2": {"pp": 2},
-    "dp2": {"dp": 2, "distributed_optimizer": True},
-}
+TIMEOUT_S = 500
+LAUNCHES: list[dict[str, dict[str, Any]]] = [
+    {"tp2": {"tp": 2}, "tp2_sp": {"tp": 2, "sequence_parallel": True}},
+    {
+        "pp2": {"pp": 2},
+        "dp2": {"dp": 2},
+        "dp2_plain": {"dp": 2, "distributed_optimizer": False},
+    },
+]
+"""Layouts by name, for each group of processes: starting Python costs more than the checks."""
 
 
 @pytest.fixture(scope="session")
@@ -39,27 +44,42 @@ def alone(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> d
         config = config_of(case, out / f"{name}_run")
         seen = observe(config)
         assert train(config) == 0
-        assert train(sampling_config(case, out / f"{name}_sampled")) == 0
-        found[name] = Seen([seen], out / f"{name}_run", out / f"{name}_sampled")
+        found[name] = Seen([seen], out / f"{name}_run", out / "sampled")
+    assert train(sampling_config(case, out / "sampled")) == 0
     return found
 
 
-@pytest.fixture(scope="session", params=list(LAYOUTS))
+@pytest.fixture(scope="session", params=[name for group in LAUNCHES for name in group])
 def layout_name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture(scope="session")
-def together(layout_name: str, cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
-    """What two processes see in this layout, by case. One launch a layout."""
-    out = tmp_path_factory.mktemp(layout_name)
-    job = {"parallel": LAYOUTS[layout_name], "cases": [asdict(case) for case in cases.values()]}
-    (out / "job.json").write_text(json.dumps(job, default=str))
-    launch(out, processes=2)
+def launched(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of what two processes saw in a layout. Layouts of one group are computed at the first one's turn."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(name: str) -> Path:
+        if name not in folders:
+            group = next(group for group in LAUNCHES if name in group)
+            out = tmp_path_factory.mktemp("_".join(group))
+            job = {"layouts": group, "cases": [asdict(case) for case in cases.values()]}
+            (out / "job.json").write_text(json.dumps(job, default=str))
+            folders.update({each: out / each for each in group})
+            launch(out, processes=2)
+        return folders[name]
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def together(layout_name: str, cases: dict[str, Case], launched: Callable[[str], Path]) -> dict[str, Seen]:
+    """What two processes see in this layout, by case."""
+    out = launched(layout_name)
     found = {}
     for name in cases:
         ranks = [torch.load(out / f"{name}_{rank}.pt", weights_only=False) for rank in range(2)]
-        found[name] = Seen(ranks, out / f"{name}_run", out / f"{name}_sampled")
+        found[name] = Seen(ranks, out / f"{name}_run", out / "sampled")
     return found
 
 

@@ -1,4 +1,4 @@
-"""One rank of a layout under test: computes every case on it, trains end to end, and leaves what it saw in a file."""
+"""One rank of layouts under test: computes every case in each, trains end to end, and leaves what it saw in files."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from layout_cases import Case, check_checkpoint, config_of, observe, sampling_co
 from megatron_urlvr.train import main as train
 
 
-def run(job: dict, out: Path) -> None:
-    """`job`: the layout's `parallel` settings and the cases' files."""
+def run(job: dict, folder: Path) -> None:
+    """`job`: the `parallel` settings of each layout, and the cases' files."""
     torch.set_num_threads(1)
-    rank = os.environ["RANK"]
-    for fields in job["cases"]:
-        case = Case(fields["name"], Path(fields["model"]), Path(fields["recorded"]), fields["vocab"])
-        config = config_of(case, out / f"{case.name}_run", parallel=job["parallel"])
-        torch.save(observe(config), out / f"{case.name}_{rank}.pt")
-        check_checkpoint(config, out / f"{case.name}_checkpoints")
-        assert train(config) == 0
-        assert train(sampling_config(case, out / f"{case.name}_sampled", parallel=job["parallel"])) == 0
+    for name, parallel in job["layouts"].items():
+        out = folder / name
+        out.mkdir(exist_ok=True)
+        for fields in job["cases"]:
+            case = Case(fields["name"], Path(fields["model"]), Path(fields["recorded"]), fields["vocab"])
+            config = config_of(case, out / f"{case.name}_run", parallel=parallel)
+            torch.save(observe(config), out / f"{case.name}_{os.environ['RANK']}.pt")
+            check_checkpoint(config, out / f"{case.name}_checkpoints")
+            assert train(config) == 0
+        assert train(sampling_config(case, out / "sampled", parallel=parallel)) == 0
 
 
 if __name__ == "__main__":

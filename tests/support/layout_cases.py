@@ -207,7 +207,7 @@ class Seen:
     run: Path
     """On replayed rollouts."""
     sampled: Path
-    """On the embedded engine's."""
+    """On the embedded engine's, of the last case."""
 
 
 def observe(config: Config) -> Observed:
