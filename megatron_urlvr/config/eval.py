@@ -1,11 +1,14 @@
 """`eval`: held-out sets and how they are sampled."""
 
+import re
 from typing import Annotated
 
 from pydantic import Discriminator, Field, Tag
 
 from .base import Section, rule
 from .data import JsonlSource, TaskSource, kind_of_source
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class EvalOptions(Section):
@@ -61,6 +64,15 @@ class EvalSection(Section):
     def _not_the_training_set(self) -> str | None:
         # A prompt's id begins with the name of its set.
         return "sets.train: this name is the training prompts' own; choose another" if "train" in self.sets else None
+
+    @rule("sets")
+    def _names(self) -> str | None:
+        if wrong := [name for name in self.sets if not _NAME.fullmatch(name)]:
+            return (
+                f"sets: {', '.join(map(repr, wrong))} cannot name a set: names begin files and metrics, so they hold"
+                " letters, digits, '.', '_' and '-', and begin with a letter or digit"
+            )
+        return None
 
     @rule("every", "sets")
     def _something_to_evaluate(self) -> str | None:

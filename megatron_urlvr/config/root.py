@@ -89,3 +89,12 @@ class Config(Section):
                 "record with engine: embedded, or train on the replay"
             )
         return None
+
+    @rule("eval.every", "rollout.engine")
+    def _evaluating_a_replay(self) -> str | None:
+        if self.eval.every and self.rollout.engine == "replay":
+            return (
+                f"eval.every = {self.eval.every} with rollout.engine = 'replay': a recording holds no responses to "
+                "held-out prompts; set eval.every=0, and measure a checkpoint with `urlvr eval`"
+            )
+        return None
