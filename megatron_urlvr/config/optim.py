@@ -11,7 +11,7 @@ class OptimSection(Section):
     lr: float = Field(gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """What follows the warm-up: `constant`, or down to `min_lr` at the last step."""
+    """What follows the warm-up: `constant`, or down to `min_lr`, which a step after the last would have."""
     warmup_steps: int = Field(default=0, ge=0)
     """Linear warm-up from 0, in optimizer steps."""
     min_lr: float = Field(default=0.0, ge=0)

@@ -19,7 +19,8 @@ class NonFiniteError(RuntimeError):
 
 
 def learning_rate(section: OptimSection, update: int, total: int) -> float:
-    """Learning rate of optimizer step `update` (from 0) of `total`: linear warm-up, then the schedule to `min_lr`."""
+    """Learning rate of optimizer step `update` (from 0) of `total`: linear warm-up, then the schedule to `min_lr`,
+    which step `total` would have (as in Megatron-LM: no step is wasted at a floor of 0)."""
     if update < section.warmup_steps:
         return section.lr * (update + 1) / section.warmup_steps
     span = max(total - section.warmup_steps, 1)
