@@ -127,6 +127,8 @@ class Pretraining:
         self.held_out = [(self._prompt(i, prompt), prompt.label or "") for i, prompt in enumerate(held_out)]
         self.pending = dict(config.snapshots)
         self.saved: dict[str, dict[str, object]] = {}
+        self.above: dict[str, int] = {}
+        """Checks in a row above the band, by snapshot."""
         self.started = time.perf_counter()
 
     def run(self) -> None:
@@ -149,9 +151,9 @@ class Pretraining:
             self.take_snapshots(step)
             if not self.pending:
                 break
-        if self.pending:
+        if missing := [name for name in self.pending if name not in self.saved]:
             raise UnusableInput(
-                f"snapshots {', '.join(self.pending)} were not reached in run.steps = {config.run.steps};"
+                f"snapshots {', '.join(missing)} were not reached in run.steps = {config.run.steps};"
                 " raise run.steps or lower maj_at_least"
             )
         write_json(self.folder / SUMMARY, self.saved)
@@ -165,24 +167,34 @@ class Pretraining:
     def take_snapshots(self, step: int) -> None:
         """Save every pending snapshot whose rule holds after `step`."""
         by_step = [name for name, rule in self.pending.items() if rule.step == step]
-        bands = {
-            name: rule
-            for name, rule in self.pending.items()
-            if rule.maj_at_least is not None and step >= (rule.not_before or 0)
-        }
+        bands = {name: rule for name, rule in self.pending.items() if rule.maj_at_least is not None}
         check = bool(bands) and step > 0 and step % self.config.data.check_every == 0
         if not by_step and not check:
             return
         measured = self.measure(step)
-        reached = [name for name, rule in bands.items() if check and measured.maj_at_16 >= (rule.maj_at_least or 0)]
-        for name in [*by_step, *reached]:
-            note = _miss(self.pending.pop(name), measured)
-            target = self.folder / name
-            shutil.rmtree(target, ignore_errors=True)
-            self.policy.save_hf(target)
-            self.saved[name] = {"measured": vars(measured), "note": note}
-            point_to(target)
-            print(f"saved {target}  {measured}{note}", flush=True)
+        for name in by_step:
+            self._save(name, measured)
+            del self.pending[name]
+        for name, rule in bands.items() if check else ():
+            self._check_band(name, rule, measured)
+
+    def _check_band(self, name: str, rule: Snapshot, measured: Measured) -> None:
+        """Save the snapshot of a band at a check inside it, or above it if none was; done after the first or last."""
+        above = rule.maj_at_most is not None and measured.maj_at_16 > rule.maj_at_most
+        inside = measured.maj_at_16 >= (rule.maj_at_least or 0) and not above
+        self.above[name] = self.above.get(name, 0) + 1 if above else 0
+        if inside or (above and name not in self.saved):
+            self._save(name, measured, f" (above the band's upper end {rule.maj_at_most})" if above else "")
+        if name in self.saved and (rule.take == "first" or self.above[name] >= 2):
+            del self.pending[name]
+
+    def _save(self, name: str, measured: Measured, note: str = "") -> None:
+        target = self.folder / name
+        shutil.rmtree(target, ignore_errors=True)
+        self.policy.save_hf(target)
+        self.saved[name] = {"measured": vars(measured), "note": note}
+        point_to(target)
+        print(f"saved {target}  {measured}{note}", flush=True)
 
     def measure(self, step: int) -> Measured:
         """avg@16, maj@16, greedy accuracy and parse rate on the held-out prompts."""
@@ -270,10 +282,3 @@ def qwen2_config(model: ArchitectureSection, tokenizer_size: int, context: int) 
         "torch_dtype": "float32",
         "bos_token_id": None,
     }
-
-
-def _miss(rule: Snapshot, measured: Measured) -> str:
-    """What to say when a check jumped over the band."""
-    if rule.maj_at_most is not None and measured.maj_at_16 > rule.maj_at_most:
-        return f" (above the band's upper end {rule.maj_at_most})"
-    return ""

@@ -53,12 +53,12 @@ class Snapshot(Section):
     step: int | None = Field(default=None, ge=0)
     """After this training step; 0 is the untrained model."""
     maj_at_least: float | None = Field(default=None, ge=0, le=1)
-    """First check whose maj@16 is at least this."""
+    """Lower end of the band."""
     maj_at_most: float | None = Field(default=None, ge=0, le=1)
-    """Upper end of the band; a check beyond it is reported as a miss of the band, and saved all the same."""
-    not_before: int | None = Field(default=None, ge=0)
-    """Earliest step of a band's snapshot. A policy that has only just learned to answer is about as unsure of its right
-    answers as of its wrong ones."""
+    """Upper end of the band; when checks jump over it, that is reported, and the snapshot taken all the same."""
+    take: Literal["first", "last"] = "first"
+    """Which check inside the band. `last`, before two in a row are above it: a policy that has only just learned to
+    answer is about as unsure of its right answers as of its wrong ones."""
 
     @rule("step", "maj_at_least")
     def _one_way(self) -> str | None:
@@ -66,10 +66,10 @@ class Snapshot(Section):
             return "a snapshot is taken at a `step` or when `maj_at_least` is reached: give one of the two"
         return None
 
-    @rule("step", "not_before")
-    def _only_for_bands(self) -> str | None:
-        if self.step is not None and self.not_before is not None:
-            return f"not_before = {self.not_before} belongs to a band; a snapshot at step = {self.step} needs none"
+    @rule("take", "maj_at_most")
+    def _last_of_a_band(self) -> str | None:
+        if self.take == "last" and self.maj_at_most is None:
+            return "take: last needs maj_at_most, the end of the band"
         return None
 
     @rule("maj_at_least", "maj_at_most")
