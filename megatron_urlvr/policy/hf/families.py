@@ -47,6 +47,16 @@ QWEN2 = Family(
 
 FAMILIES: Mapping[str, Family] = {QWEN2.architecture: QWEN2}
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+"""What a config.json must give as whole numbers."""
+
 # Transformer Engine fuses a norm into the projection behind it and stores its weight there.
 TRANSFORMER_ENGINE_NAMES: Mapping[str, str] = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
@@ -62,6 +72,8 @@ def family_of(hf_config: Mapping[str, Any], folder: str) -> Family:
         raise UnusableInput(
             f"model.path = {folder}: architecture {names[0]!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
+    if missing := [name for name in SIZES if not isinstance(hf_config.get(name), int)]:
+        raise UnusableInput(f"model.path = {folder}: its config.json does not say {', '.join(missing)}")
     act = hf_config.get("hidden_act", "silu")
     if act != "silu":
         raise UnusableInput(f"model.path = {folder}: hidden_act = {act!r}; supported: silu")

@@ -38,11 +38,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             " or make a small one with `urlvr pretrain`"
         )
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UnusableInput(f"model.path = {folder}: it holds no config.json") from None
     except json.JSONDecodeError as error:
         raise UnusableInput(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UnusableInput(f"{path}: holds a {type(config).__name__}; an object is expected")
+    return config
 
 
 class TensorFolder:
