@@ -15,6 +15,8 @@ import queue
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..layout import broadcast_json, gather_json
+from .hf.families import rope_theta, shape_of
 from .optimizer import PolicyOptimizer
 from .policy import Policy
 
@@ -39,15 +42,29 @@ _NAME = re.compile(r"step_(\d{6,})")
 
 # What torch's checkpoint index is made of. It is a pickle, which may name any function and call it: one that names
 # anything else is refused, and nothing in it is called to find out.
-_INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
 _INDEX_NAMES = {
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("collections", "OrderedDict"),
-    ("builtins", "set"),
-    ("builtins", "frozenset"),
+    "builtins": {"set", "frozenset"},
+    "collections": {"OrderedDict"},
+    "torch": {"Size", "device"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
 }
 
 # Saving waits for the files, so that the writer's results can be handed over within this process. For that Megatron
@@ -131,15 +148,14 @@ def load(policy: Policy, path: Path) -> dict[str, Any]:
         if stepped:
             _prepare_for_load(policy.optimizer)
     state = _sharded_state(policy, loading=True)
-    with warnings.catch_warnings():
-        # torch 2.13 deprecates the sharded tensors that megatron-core 0.16.1 hands to it.
-        warnings.filterwarnings("ignore", message="Please use DTensor", category=FutureWarning)
-        loaded = dist_checkpointing.load(state, str(path))
+    loaded = _read(state, path)
     policy.model.load_state_dict(loaded["model"])
     if policy.optimizer is not None and stepped:
         policy.optimizer.megatron.load_state_dict(loaded["optimizer"])
         _restore_steps(policy.optimizer)
     elif policy.optimizer is not None:
+        for part in policy.optimizer.parts:
+            part.optimizer.state.clear()
         policy.optimizer.megatron.reload_model_params()
     if policy.ema is not None:
         for name, tensor in loaded["ema"].items():
@@ -204,10 +220,8 @@ def _unsafe_names(index: Path) -> list[str]:
 
 
 def _belongs_in_index(module: str, name: str) -> bool:
-    if "." in name:  # reaches through a module into whatever it has imported
-        return False
     is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-    return is_dtype or module in _INDEX_MODULES or (module, name) in _INDEX_NAMES
+    return is_dtype or name in _INDEX_NAMES.get(module, ())
 
 
 class _Names(pickle.Unpickler):
@@ -260,10 +274,13 @@ def _write_manifest(folder: Path, policy: Policy, step: int) -> None:
 
 def _fingerprint(policy: Policy) -> dict[str, Any]:
     """What a checkpoint and the policy that loads it must have in common."""
-    keys = ("architectures", "num_hidden_layers", "hidden_size", "vocab_size", "tie_word_embeddings")
+    keys = ("architectures", "num_hidden_layers", "tie_word_embeddings", "rms_norm_eps")
     layout = policy.layout
+    shape = shape_of(policy.hf, tp=layout.tp)
     return {
         **{key: policy.hf.get(key) for key in keys},
+        **vars(shape),
+        "rope_theta": rope_theta(policy.hf),
         "dtype": str(policy.dtype),
         "layout": [layout.tp, layout.pp, layout.dp],
         "optimizer": None if policy.optimizer is None else ("distributed" if policy.optimizer.distributed else "plain"),
@@ -276,6 +293,39 @@ def _agree(policy: Policy, problem: str) -> str:
     if policy.layout.world_size == 1:
         return problem
     return next((p for p in gather_json(problem, policy.layout.control) if p), "")
+
+
+def _read(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`state` with what the checkpoint holds for it. CheckpointError when an object beside the tensors is more than
+    data: Megatron stores some as pickles, which torch (2.13, default_planner.py) loads without restraint unless its
+    environment variable forbids it."""
+    with (
+        warnings.catch_warnings(),
+        _environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1", TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=None),
+    ):
+        # torch 2.13 deprecates the sharded tensors that megatron-core 0.16.1 hands to it.
+        warnings.filterwarnings("ignore", message="Please use DTensor", category=FutureWarning)
+        try:
+            return dist_checkpointing.load(state, str(path))
+        except CheckpointException as error:
+            problems = [wrapped[0] for wrapped in error.failures.values()]
+            if any(isinstance(problem, pickle.UnpicklingError) for problem in problems):
+                raise CheckpointError(f"checkpoint {path} cannot be read safely: {problems[0]}") from None
+            raise
+
+
+@contextmanager
+def _environment(**values: str | None) -> Iterator[None]:
+    """Environment variables set (None: unset) for a while."""
+    before = {name: os.environ.pop(name, None) for name in values}
+    os.environ.update({name: value for name, value in values.items() if value is not None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 # -- what is in it ----------------------------------------------------------------------------------------------------
