@@ -72,7 +72,9 @@ def _preempted(trainer: Trainer) -> Ending:
 
 def _no_servers(trainer: Trainer, error: RolloutFailed) -> Ending:
     reason = str(error)
-    if trainer.completed is not None and trainer.untouched:
+    if trainer.completed is None:
+        reason += "; nothing was trained yet, and the same command starts again"
+    elif trainer.untouched:
         trainer.save()
         reason += f"; saved after step {trainer.step}, from where the same command resumes"
     else:

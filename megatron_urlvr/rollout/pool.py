@@ -110,9 +110,10 @@ class ServerPool:
     def drop(self, server: Server, why: str) -> None:
         """`server` leaves the pool until a probe succeeds. Of the many requests that fail with a server the first one
         decides when it is probed."""
+        server.why = why
         if server.state == "out" and not server.probing:
             return
-        server.state, server.why = "out", why
+        server.state = "out"
         server.probe_at = asyncio.get_running_loop().time() + server.pause
         server.pause = min(2 * server.pause, PROBE_S[1])
 
