@@ -1,0 +1,93 @@
+"""What the other commands say of a run that training left behind."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from small_runs import Command, rows
+
+
+def measured(run: Path, name: str) -> dict[str, float]:
+    return json.loads((run / "evals" / f"eval_{name}.json").read_text())["sets"]["held_out"]
+
+
+def test_eval_gives_the_figures_that_the_run_gave(urlvr: Command, config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert urlvr("train", config, "eval.every=4", "run.steps=4").code == 0
+    first, *_, last = rows(run)
+    for name, row, arguments in (("base", first, []), ("step_000004", last, ["--checkpoint", "step_000004"])):
+        outcome = urlvr("eval", run, *arguments)
+        assert outcome.code == 0
+        found = measured(run, name)
+        logged = {key.removeprefix("eval/held_out/"): value for key, value in row.items() if key.startswith("eval/")}
+        assert found == {key: value for key, value in logged.items() if not key.startswith("base/")}
+        for key in ("avg@2", "maj@2", "greedy", "parse_rate"):
+            assert re.search(rf"^ *held_out  {key} +{found[key]:.4f}$", outcome.out, re.MULTILINE)
+    assert measured(run, "base") != measured(run, "step_000004")
+    assert rows(run)[-1] == last
+
+
+def test_eval_takes_other_sets_and_other_samples(urlvr, config, tmp_path):
+    other = 'eval.sets.other={"task": "chain_sum", "size": 4, "samples": 3, "greedy": false, "settings": {"digits": 3}}'
+    outcome = urlvr("eval", config, other, "--set", "other", "eval.sets.other.pass_k=[2]")
+    assert outcome.code == 0
+    found = json.loads((tmp_path / "run/evals/eval_base.json").read_text())["sets"]
+    assert found.keys() == {"other"}
+    assert {"avg@3", "maj@3", "pass@2"} <= found["other"].keys()
+    assert "greedy" not in found["other"]
+
+
+def test_eval_of_a_damaged_checkpoint_is_unusable_input(urlvr, config, tmp_path):
+    assert urlvr("train", config, "run.steps=2", "eval.every=0").code == 0
+    (tmp_path / "run/checkpoints/step_000002/__0_0.distcp").write_bytes(b"")
+    outcome = urlvr("eval", config, "eval.every=0", "--checkpoint", "step_000002")
+    assert outcome.code == 2
+    assert "__0_0.distcp holds 0 bytes of" in outcome.err
+
+
+def test_samples_are_those_of_the_probes_with_their_rewards(urlvr, whole):
+    outcome = urlvr("samples", whole, "--step", "3", "--sort", "-reward")
+    assert outcome.code == 0
+    assert outcome.out.startswith("step 3, probes: 8 of 8 samples\n")
+    rewards = [float(value) for value in re.findall(r"reward (\S+)", outcome.out)]
+    kept = [json.loads(line) for line in (whole / "samples/step_000003.jsonl").read_text().splitlines()]
+    assert rewards == pytest.approx(sorted((row["reward"] for row in kept), reverse=True), rel=1e-3)
+    assert urlvr("samples", whole).out.startswith("step 6, probes")
+
+
+def test_samples_of_recorded_rollouts_have_rewards_too(urlvr, config, tmp_path):
+    assert urlvr("train", config, "run.steps=1", "eval.every=0", "rollout.record=true").code == 0
+    outcome = urlvr("samples", tmp_path / "run")
+    assert outcome.out.startswith("step 1, rollouts: 16 of 16 samples\n")
+    rewards = [float(value) for value in re.findall(r"reward (\S+)", outcome.out)]
+    assert sum(rewards) / 16 == pytest.approx(rows(tmp_path / "run")[1]["reward/proxy"], rel=1e-3)
+
+
+def test_runs_lists_the_run_with_its_figures(urlvr, whole):
+    outcome = urlvr("runs", whole.parent)
+    assert outcome.code == 0
+    line = next(line for line in outcome.out.splitlines() if "trajectory_entropy" in line)
+    start = rows(whole)[0]["eval/held_out/avg@2"]
+    assert re.search(rf"run +trajectory_entropy \(sum\) +1 +6/6 +held_out +{start:.3f} ", line)
+    assert line.rstrip().endswith("done")
+
+
+def test_report_is_one_page_that_holds_everything(urlvr, whole, tmp_path):
+    outcome = urlvr("report", whole, "--out", tmp_path / "report")
+    assert outcome.code == 0
+    page = Path(outcome.out.strip())
+    text = page.read_text()
+    assert "data:image/png;base64," in text
+    assert not re.search(r'(src|href)="(?!data:|#)', text)
+    for mention in ("trajectory_entropy (sum)", "held_out", "evaluation:held_out", "audit", "probes"):
+        assert mention in text
+
+
+def test_the_folder_of_a_run_is_its_config(urlvr, config, whole, tmp_path):
+    assert urlvr("config", "show", whole).out == (whole / "config.yaml").read_text()
+    assert f"{whole} is done: 6 steps" in urlvr("train", whole).out
+    provenance = json.loads((whole / "provenance.json").read_text())
+    assert provenance["hashes"].keys() == {"data/train", "data/held_out", "model"}
