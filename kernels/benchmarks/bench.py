@@ -4,7 +4,7 @@
     python kernels/benchmarks/bench.py --device cuda                  # a GPU: bfloat16, the three shapes of the README
     python kernels/benchmarks/bench.py --shape 8192,4096,18992 --dtype bfloat16
 
-Writes `<out>.json` and `<out>.md`, and prints the latter. Everyone runs once a round in a rotating order. The table shows
+Writes `<out>.json` and `<out>.md`, and prints the latter. Everyone runs once a round in a rotating order. The table has
 medians and quartiles, and on a CPU the processor time too, which other programs' load moves less.
 """
 

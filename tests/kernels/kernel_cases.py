@@ -23,11 +23,10 @@ class Case:
     target: torch.Tensor
     grads: dict[str, torch.Tensor]
 
-    def to(self, dtype: torch.dtype) -> Case:
-        """The same numbers in another type."""
-        return Case(
-            self.hidden.to(dtype), self.weight.to(dtype), self.target, {k: g.to(dtype) for k, g in self.grads.items()}
-        )
+    def on(self, device: str) -> Case:
+        """The same case on another device."""
+        grads = {name: gradient.to(device) for name, gradient in self.grads.items()}
+        return Case(self.hidden.to(device), self.weight.to(device), self.target.to(device), grads)
 
 
 def make_case(rows: int, width: int, vocab: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Case:
