@@ -177,8 +177,9 @@ def write(findings: list[Finding], skipped: list[str], device: torch.device, out
         for f in findings
     )
     machine = describe(device)
-    text = f"# Acceptance on {machine['device']}\n\n{machine}\n\n| target | found | limit | | |\n" + "|---" * 5 + "|\n"
-    + rows if skipped:
+    head = "| target | found | limit | | |\n" + "|---" * 5 + "|\n"
+    text = f"# Acceptance on {machine['device']}\n\n{machine}\n\n{head}{rows}"
+    if skipped:
         text += "\nNot measured for want of time: " + "; ".join(skipped) + "\n"
     out.with_suffix(".md").write_text(text)
     data = {"machine": machine, "findings": [asdict(f) | {"met": f.met} for f in findings], "skipped": skipped}
