@@ -23,6 +23,7 @@ CONFIG: dict[str, Any] = {
     "num_hidden_layers": 2,
     "vocab_size": 29,
     "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 64,
 }
 RULES = (*QWEN2.first, *QWEN2.layer, *QWEN2.last, QWEN2.head)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,11 +49,28 @@ class Engine:
         self._maybe("end")
 
 
-def leader(rank: int, store: str, phase: str, kind: str, failing: int, out: str) -> None:
-    """One leader's process: what it ended with goes to a file."""
+CASES = [
+    (phase, kind, failing)
+    for phase, kind in [
+        *((phase, "RolloutFailed") for phase in PHASES),
+        ("generate", "Abandoned"),
+        ("begin", "UnusableInput"),
+    ]
+    for failing in (0, 1)
+]
+
+
+def leader(rank: int, store: str, out: str) -> None:
+    """One leader's process: what each case ended with goes to a file."""
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
     )
+    endings = [ending_of(rank, *case) for case in CASES]
+    Path(f"{out}{rank}").write_text(json.dumps(endings))
+    dist.destroy_process_group()
+
+
+def ending_of(rank: int, phase: str, kind: str, failing: int) -> str:
     layout: Any = SimpleNamespace(world_size=2, control=dist.group.WORLD)
     engine: Any = Engine(phase if rank == failing else None, kind)
 
@@ -66,22 +84,26 @@ def leader(rank: int, store: str, phase: str, kind: str, failing: int, out: str)
         with agreed(layout):
             engine.generate()
         hand_over(export(), engine, layout, version=1)
-        ending = "no error"
     except (RolloutFailed, Abandoned, UnusableInput) as error:
-        ending = f"{type(error).__name__}: {error}"
-    Path(f"{out}{rank}").write_text(ending)
-    dist.destroy_process_group()
+        return f"{type(error).__name__}: {error}"
+    return "no error"
 
 
-@pytest.mark.parametrize("failing", [0, 1])
-@pytest.mark.parametrize(
-    ("phase", "kind"),
-    [*((phase, "RolloutFailed") for phase in PHASES), ("generate", "Abandoned"), ("begin", "UnusableInput")],
-)
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int], set[str]]:
+    """What the two leaders ended with in each case. One pair of processes takes all cases: a fork of this one would
+    inherit the threads of process groups that other tests made."""
+    folder = tmp_path_factory.mktemp("leaders")
+    multiprocessing.start_processes(
+        leader, (str(folder / "store"), str(folder / "out")), nprocs=2, start_method="spawn"
+    )
+    each = [json.loads((folder / f"out{rank}").read_text()) for rank in (0, 1)]
+    return {case: {each[0][i], each[1][i]} for i, case in enumerate(CASES)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_whichever_leader_fails_in_whichever_phase_both_end_with_the_same_words(
-    tmp_path: Path, phase: str, kind: str, failing: int
+    endings: dict[tuple[str, str, int], set[str]], case: tuple[str, str, int]
 ) -> None:
-    arguments = (str(tmp_path / "store"), phase, kind, failing, str(tmp_path / "out"))
-    multiprocessing.start_processes(leader, arguments, nprocs=2, start_method="fork")
-    endings = {(tmp_path / f"out{rank}").read_text() for rank in (0, 1)}
-    assert endings == {f"{kind}: the leader failed in {phase}"}
+    phase, kind, _ = case
+    assert endings[case] == {f"{kind}: the leader failed in {phase}"}
