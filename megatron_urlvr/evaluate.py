@@ -17,7 +17,7 @@ from .config.errors import did_you_mean
 from .config.root import Config
 from .exchange import derive_seed, gather_from_leaders, hand_over, in_order, my_share
 from .exit_codes import ExitCode, UnusableInput
-from .layout import start, world_size_from_environment
+from .layout import joined, world_size_from_environment
 from .policy.checkpoint import CheckpointError, list_checkpoints, load
 from .run_dir import RunDir, write_json
 from .run_files import RunFiles
@@ -142,11 +142,13 @@ def main(config: Config, checkpoint: str | None, sets: list[str] | None) -> int:
     if not config.eval.sets:
         raise UnusableInput("eval.sets is empty: there is nothing to evaluate on; name a set, such as held_out, there.")
     path = None if checkpoint is None else _find_checkpoint(config, checkpoint)
-    # A replay holds no responses to held-out prompts.
-    config.rollout = config.rollout.model_copy(update={"engine": "embedded", "replay_from": None})
+    if config.rollout.engine == "replay":  # which holds no responses to held-out prompts
+        config.rollout = config.rollout.model_copy(update={"engine": "embedded", "replay_from": None})
     preflight(config, world_size=world_size_from_environment())
-    layout = start(config.parallel, device=config.run.device, seed=config.run.seed)
-    with closing(build(config, layout)) as parts:
+    with (
+        joined(config.parallel, device=config.run.device, seed=config.run.seed) as layout,
+        closing(build(config, layout)) as parts,
+    ):
         step = 0 if path is None else _load(parts, path)
         hand_over(parts.policy.export(), parts.engine, layout, version=step)
         metrics = {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +105,31 @@ def start(parallel: ParallelSection, *, device: str = "auto", seed: int = 0) -> 
     mpu.initialize_model_parallel(parallel.tp, parallel.pp)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return _describe(mpu, chosen)
+
+
+@contextmanager
+def joined(parallel: ParallelSection, *, device: str = "auto", seed: int = 0) -> Iterator[Layout]:
+    """`start` for the time of a block, and leave the groups (their threads and connections) at its end.
+
+    After an error they are left to the end of the process where there are several: other ranks may never come.
+    """
+    layout = start(parallel, device=device, seed=seed)
+    alike = layout.world_size == 1
+    try:
+        yield layout
+        alike = True
+    finally:
+        if alike:
+            stop()
+
+
+def stop() -> None:
+    """Leave all process groups. `start` may be called again."""
+    from megatron.core import parallel_state as mpu
+
+    mpu.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _describe(mpu: Any, device: torch.device) -> Layout:

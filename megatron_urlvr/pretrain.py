@@ -31,7 +31,7 @@ from .data.tasks.base import split_of
 from .data.tokenizer import load_tokenizer, save_tokenizer
 from .exchange import derive_seed, hand_over
 from .exit_codes import ExitCode, UnusableInput
-from .layout import start
+from .layout import Layout, joined
 from .policy.batch import Row
 from .policy.optimizer import learning_rate
 from .policy.policy import Policy
@@ -94,25 +94,29 @@ def main(config: PretrainConfig) -> int:
     if not done.exists():
         with RunDir(folder).lock():
             if not done.exists():  # another process may have made it in the meantime
-                Pretraining(config, folder).run()
+                _make(config, folder)
     for name, entry in json.loads(done.read_text()).items():
         point_to(folder / name)
         print(f"{folder / name}  {Measured(**entry['measured'])}{entry['note']}")
     return int(ExitCode.DONE)
 
 
+def _make(config: PretrainConfig, folder: Path) -> None:
+    torch.set_num_threads(config.run.threads)
+    torch.manual_seed(config.run.seed)
+    with joined(ParallelSection(), device=config.run.device, seed=config.run.seed) as layout:
+        Pretraining(config, folder, layout).run()
+
+
 class Pretraining:
     """One pretraining run."""
 
-    def __init__(self, config: PretrainConfig, folder: Path) -> None:
+    def __init__(self, config: PretrainConfig, folder: Path, layout: Layout) -> None:
         self.config, self.folder = config, folder
-        torch.set_num_threads(config.run.threads)
-        torch.manual_seed(config.run.seed)
         self.task: Task = get_task(config.data.task, config.data.settings)
         start_folder = folder / "start"
         longest = self._write_start(start_folder)
         parallel = ParallelSection(max_tokens_per_microbatch=max(16384, longest))
-        layout = start(parallel, device=config.run.device, seed=config.run.seed)
         self.policy = Policy(
             ModelSection(path=str(start_folder), dtype="float32"),
             parallel,

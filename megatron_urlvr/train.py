@@ -27,7 +27,7 @@ from .evaluate import Evaluator
 from .exchange import any_rank, derive_seed, hand_over, merge_sums, my_share
 from .exit_codes import ExitCode
 from .interrupts import Interrupts, Preempted
-from .layout import start, world_size_from_environment
+from .layout import joined, world_size_from_environment
 from .monitor.audit import audit_sums, merge, rates, rollout_sums, term_sums
 from .policy.batch import Row
 from .policy.optimizer import learning_rate
@@ -41,8 +41,11 @@ def main(config: Config) -> int:
     """Train as `config` says; returns the exit code. Raises UnusableInput for what the user must change."""
     torch.set_num_threads(config.run.threads)
     preflight(config, world_size=world_size_from_environment())
-    layout = start(config.parallel, device=config.run.device, seed=config.run.seed)
-    with RunFiles.opened(config, layout) as files, Interrupts(announce=layout.is_main).listening() as interrupts:
+    with (
+        joined(config.parallel, device=config.run.device, seed=config.run.seed) as layout,
+        RunFiles.opened(config, layout) as files,
+        Interrupts(announce=layout.is_main).listening() as interrupts,
+    ):
         if files.finished:
             return int(ExitCode.DONE)
         with closing(build(config, layout)) as parts:
