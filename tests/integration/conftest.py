@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bases")
     main(load_config(write_config(folder / "pretrain.yaml", PRETRAIN, run={"dir": str(folder)}), [], PretrainConfig))
     return folder / "base"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_collections(base: Path) -> None:
+    """What was imported by now stays, and need not be looked through again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _no_idle_threads() -> Iterator[None]:
+    """A run's process groups keep threads until the last object that refers to them is collected."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture

@@ -89,5 +89,5 @@ def test_a_replay_that_runs_out_or_does_not_fit_says_so(urlvr, config, tmp_path,
 
     assert "step_000004.jsonl.zst was not recorded; lower run.steps" in says("run.steps=4")
     assert "rollout.n_votes = 8, but step 1" in says("rollout.n_votes=8")
-    assert "replay needs the recording run's data and seed" in says("run.seed=2")
+    assert "replay needs the recording run's data" in says("run.seed=2")
     assert urlvr("train", config, *replay, "run.steps=3", "rollout.n_votes=2").code == 0
