@@ -1,6 +1,6 @@
 """One process's layout and the model folders that the policy tests share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,17 @@ from tiny_models import write_qwen2
 
 from megatron_urlvr.config.model import ModelSection
 from megatron_urlvr.config.parallel import ParallelSection
-from megatron_urlvr.layout import Layout, start
+from megatron_urlvr.layout import Layout, joined
 from megatron_urlvr.policy.policy import Policy
 
 MakePolicy = Callable[..., Policy]
 
 
-@pytest.fixture(scope="session")
-def layout() -> Layout:
+@pytest.fixture(scope="module")
+def layout() -> Iterator[Layout]:
     torch.set_num_threads(1)
-    return start(ParallelSection())
+    with joined(ParallelSection()) as layout:
+        yield layout
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def make_policy(layout: Layout, folders: dict[str, Path]) -> MakePolicy:
     """`make_policy("tied", optim=..., parallel={...}, model={...})`."""
 

@@ -29,7 +29,7 @@ def tokens_needed(rows: list[Row], *, share_prefix: bool) -> int:
     return sum(map(len, prompts)) + sum(len(row.response) - 1 for row in rows)
 
 
-@settings(STEADY, max_examples=200)
+@settings(STEADY, max_examples=100)
 @given(some_rows(), st.integers(1, 40), st.booleans())
 def test_every_row_is_planned_once_and_within_the_budget(rows: list[Row], budget: int, share_prefix: bool):
     plan = plan_microbatches(rows, max_tokens=budget, share_prefix=share_prefix)
@@ -63,7 +63,7 @@ def attended(batch: PackedBatch, packed_row: int) -> list[int]:
     raise AssertionError(f"row {packed_row} has no attention output")
 
 
-@settings(STEADY, max_examples=150)
+@settings(STEADY, max_examples=70)
 @given(some_rows(), st.randoms(use_true_random=False), st.booleans(), st.sampled_from([1, 2, 4]), st.integers(0, 80))
 def test_every_prediction_sees_its_own_prompt_and_response_so_far_and_nothing_else(
     rows: list[Row], random, share_prefix: bool, pad_to: int, length: int
@@ -84,7 +84,7 @@ def test_every_prediction_sees_its_own_prompt_and_response_so_far_and_nothing_el
             assert [int(positions[r]) for r in seen] == list(range(len(row.prompt) + t))
 
 
-@settings(STEADY, max_examples=150)
+@settings(STEADY, max_examples=70)
 @given(some_rows(), st.booleans(), st.sampled_from([1, 2, 4]), st.integers(0, 80))
 def test_each_packed_row_has_one_attention_output_and_padding_is_looked_at_by_padding_alone(
     rows: list[Row], share_prefix: bool, pad_to: int, length: int
@@ -109,7 +109,7 @@ def test_each_packed_row_has_one_attention_output_and_padding_is_looked_at_by_pa
         assert max(seen) < used if packed_row < used else min(seen) >= used
 
 
-@settings(STEADY, max_examples=50)
+@settings(STEADY, max_examples=30)
 @given(some_rows(least=1))
 def test_whole_sequences_end_where_transformer_engine_is_told(rows: list[Row]):
     batch = pack(rows, range(len(rows)), share_prefix=False, pad_to=4)
@@ -121,7 +121,7 @@ def test_whole_sequences_end_where_transformer_engine_is_told(rows: list[Row]):
     assert batch.max_seqlen == max(lengths)
 
 
-@settings(STEADY, max_examples=50)
+@settings(STEADY, max_examples=30)
 @given(some_rows(least=1))
 def test_a_shared_prompt_is_an_input_once(rows: list[Row]):
     batch = pack(rows, range(len(rows)), share_prefix=True)
