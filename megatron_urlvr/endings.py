@@ -115,10 +115,11 @@ def _failure(error: BaseException) -> tuple[Ending, bool]:
 def _record(trainer: Trainer, ending: Ending) -> None:
     """Write labels.json and status.json, as far as the disk still takes them."""
     layout, files = trainer.parts.layout, trainer.files
+    told_by = "" if ending.agreed or layout.world_size == 1 else f"rank {layout.rank}: "
     step = 0 if trainer.completed is None else int(trainer.completed["step"])
     try:
         if ending.agreed or layout.world_size == 1:
             files.write_labels(trainer.parts.reward.supervised, trainer.parts.labels.uses)
-        files.end(ending.state, step, exit_code=int(ending.code), reason=ending.reason)
+        files.end(ending.state, step, exit_code=int(ending.code), reason=told_by + ending.reason)
     except OSError as error:
         print(f"status.json of {files.folder.path} could not be written: {error}", file=sys.stderr, flush=True)

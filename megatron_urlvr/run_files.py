@@ -52,6 +52,8 @@ class RunFiles:
         self.writers = Writers([])
         self.finished = False
         """The folder holds this very run, and it has come to its end."""
+        self._began = False
+        """status.json says `running`, or how this very process or another rank ended."""
         self._saved: int | None = None
         """Step of the newest checkpoint that this process wrote or restored."""
 
@@ -129,6 +131,7 @@ class RunFiles:
         self._saved = None if state is None else int(state["step"])
         if self.layout.is_main:
             self._write_start(path, damaged, hashes)
+        self._began = True
         return state
 
     def _write_start(self, path: Path | None, damaged: Sequence[str], hashes: Mapping[str, str]) -> None:
@@ -208,12 +211,15 @@ class RunFiles:
             write_json(self.folder.labels, {"supervised": supervised, "uses": dict(sorted(total.items()))})
 
     def end(self, state: State, step: int, *, exit_code: int, reason: str) -> None:
-        """Say how the run ended. Of failures every rank may tell: the one that failed knows why."""
+        """Say how the run ended. Of failures every rank may tell, and the first is heard: the others fail for it."""
         self._close_writers()
-        if self.layout.is_main or state == "failed":
-            if state == "done":
-                self.folder.mark_done()
-            self.folder.write_status(state, step, exit_code=exit_code, reason=reason)
+        status = self.folder.read_status()
+        told = self._began and status is not None and status.state == "failed"
+        if told or not (self.layout.is_main or state == "failed"):
+            return
+        if state == "done":
+            self.folder.mark_done()
+        self.folder.write_status(state, step, exit_code=exit_code, reason=reason)
 
     def _close_writers(self) -> None:
         try:
