@@ -152,7 +152,6 @@ def load(policy: Policy, path: Path) -> dict[str, Any]:
     policy.model.load_state_dict(loaded["model"])
     if policy.optimizer is not None and stepped:
         policy.optimizer.megatron.load_state_dict(loaded["optimizer"])
-        _restore_steps(policy.optimizer)
     elif policy.optimizer is not None:
         for part in policy.optimizer.parts:
             part.optimizer.state.clear()
@@ -384,20 +383,6 @@ def _patch_step_load(optimizer_class: Any) -> None:
 
     with_step.keeps_step = True  # type: ignore[attr-defined]
     optimizer_class._set_main_param_and_optimizer_states = with_step
-
-
-def _restore_steps(optimizer: PolicyOptimizer) -> None:
-    """Give every parameter its own AdamW step from its group's: torch's load shares one tensor among all of them."""
-    for part in optimizer.parts:
-        for group in part.optimizer.param_groups:
-            if optimizer.distributed and group.get("step") is not None:
-                for parameter in group["params"]:
-                    if parameter in part.optimizer.state:
-                        part.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
-            for parameter in group["params"]:
-                state = part.optimizer.state.get(parameter, {})
-                if "step" in state:
-                    state["step"] = state["step"].clone()
 
 
 # -- random state -----------------------------------------------------------------------------------------------------

@@ -17,27 +17,22 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from . import cpu
-
-cpu.install()
-
-from megatron.core.distributed import finalize_model_grads  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-
-from ..algorithms.losses import LossInputs  # noqa: E402
-from ..config.model import ModelSection  # noqa: E402
-from ..config.optim import OptimSection  # noqa: E402
-from ..config.parallel import ParallelSection  # noqa: E402
-from ..layout import Layout, broadcast_json  # noqa: E402
-from ..types import TokenStats  # noqa: E402
-from .attention import PackedSequence  # noqa: E402
-from .batch import PackedBatch, Row, pack, plan_microbatches  # noqa: E402
-from .hf.families import family_of  # noqa: E402
-from .hf.folder import read_config, write_folder  # noqa: E402
-from .model import Head, build_model, has_transformer_engine  # noqa: E402
-from .optimizer import NonFiniteError, PolicyOptimizer, wrap  # noqa: E402
-from .weights import Shadow, WeightMap  # noqa: E402
+from ..algorithms.losses import LossInputs
+from ..config.model import ModelSection
+from ..config.optim import OptimSection
+from ..config.parallel import ParallelSection
+from ..layout import Layout, broadcast_json
+from ..types import TokenStats
+from .attention import PackedSequence
+from .batch import PackedBatch, Row, pack, plan_microbatches
+from .hf.families import family_of
+from .hf.folder import read_config, write_folder
+from .model import Head, build_model, has_transformer_engine
+from .optimizer import NonFiniteError, PolicyOptimizer, wrap
+from .weights import Shadow, WeightMap
 
 Weights = Literal["policy", "reference", "ema"]
 

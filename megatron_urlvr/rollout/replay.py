@@ -47,7 +47,7 @@ class ReplayEngine(RolloutEngine):
         self._groups = {group.prompt.id: group for group in groups}
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
-        """The recorded group of each prompt. UnusableInput when one is missing or too small."""
+        """The recorded group of each prompt. UnusableInput when one is missing, too small, or of another text."""
         for prompt in prompts:
             group = self._groups.get(prompt.id)
             if group is None:
@@ -55,11 +55,16 @@ class ReplayEngine(RolloutEngine):
                     f"rollout.replay_from = {self.run}: step {self.step} holds no prompt {prompt.id!r};"
                     " replay needs the recording run's data and seed"
                 )
+            if group.prompt.tokens != prompt.tokens:
+                raise UnusableInput(
+                    f"rollout.replay_from = {self.run}: prompt {prompt.id!r} reads {group.prompt.text!r} there and"
+                    f" {prompt.text!r} here; replay needs the recording run's data and tokenizer"
+                )
             if len(group) < sampling.n:
                 raise UnusableInput(
                     f"rollout.n_votes = {sampling.n}, but step {self.step} of {self.run} recorded {len(group)} samples"
                 )
-            yield Group(group.prompt, group.samples[: sampling.n])
+            yield Group(prompt, group.samples[: sampling.n])
 
     def begin_update(self, version: int) -> None:
         """Weights change nothing here."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+from itertools import count
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from layout_cases import Case, check_checkpoint, config_of, observe, sampling_config
 
 from megatron_urlvr.train import main as train
@@ -16,16 +18,29 @@ from megatron_urlvr.train import main as train
 def run(job: dict, folder: Path) -> None:
     """`job`: the `parallel` settings of each layout, and the cases' files."""
     torch.set_num_threads(1)
+    meetings = count()
     for name, parallel in job["layouts"].items():
         out = folder / name
         out.mkdir(exist_ok=True)
         for fields in job["cases"]:
             case = Case(fields["name"], Path(fields["model"]), Path(fields["recorded"]), fields["vocab"])
             config = config_of(case, out / f"{case.name}_run", parallel=parallel)
+            meet(folder, next(meetings))
             torch.save(observe(config), out / f"{case.name}_{os.environ['RANK']}.pt")
+            meet(folder, next(meetings))
             check_checkpoint(config, out / f"{case.name}_checkpoints")
+            meet(folder, next(meetings))
             assert train(config) == 0
+        meet(folder, next(meetings))
         assert train(sampling_config(case, out / "sampled", parallel=parallel)) == 0
+
+
+def meet(folder: Path, number: int) -> None:
+    """Form the process group that the next part will find and leave. The first part forms it as torchrun's ranks do;
+    doing so again through one port would race with the group that is being left."""
+    if number > 0:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting_{number}", rank=rank, world_size=size)
 
 
 if __name__ == "__main__":

@@ -30,14 +30,14 @@ from megatron_urlvr.data.sources import load_source
 from megatron_urlvr.data.stream import PromptStream
 from megatron_urlvr.data.tokenizer import load_tokenizer
 from megatron_urlvr.exchange import my_share
-from megatron_urlvr.layout import start
+from megatron_urlvr.layout import Layout, joined
 from megatron_urlvr.policy import checkpoint
 from megatron_urlvr.policy.batch import Row, plan_microbatches
 from megatron_urlvr.policy.policy import Policy
 from megatron_urlvr.rewards.registry import available
 from megatron_urlvr.rollout.records import group_to_record, write_records
 from megatron_urlvr.rollout.replay import rollout_file
-from megatron_urlvr.types import STATISTICS, Group, Sample, Sampling
+from megatron_urlvr.types import STATISTICS, Group, Sample, Sampling, samples_of
 
 PROMPTS, VOTES, LONGEST, STEPS = 8, 4, 16, 3
 VOCAB = 29
@@ -132,17 +132,15 @@ def record(case: Case, *, vocab: int) -> None:
         overlong="refuse",
     )
     stream = PromptStream(source.prompts, seed=config.run.seed, shuffle=True)
-    section, parallel = ModelSection(path=str(case.model)), ParallelSection()
-    policy = Policy(section, parallel, start(parallel), temperature=config.rollout.temperature)
     rng = random.Random(5)
-    assert source.task is not None
-    for step in range(1, STEPS + 1):
-        groups = []
+    task: Any = source.task
+    steps: list[list[Group]] = []
+    for _ in range(STEPS):
+        steps.append([])
         for place, prompt in enumerate(stream.next(PROMPTS)):
-            task_prompt: Any = prompt
             samples = []
             for index in range(VOTES):
-                tokens = tokenizer(source.task.demonstration(task_prompt, rng), add_special_tokens=False)["input_ids"]
+                tokens = tokenizer(task.demonstration(prompt, rng), add_special_tokens=False)["input_ids"]
                 if rng.random() < 0.3:
                     tokens = [rng.randrange(vocab) for _ in range(rng.randint(1, LONGEST))]
                 # Every other prompt's are short, so that two replicas need different numbers of micro-batches.
@@ -150,12 +148,19 @@ def record(case: Case, *, vocab: int) -> None:
                 text = str(tokenizer.decode([t for t in tokens if t < 21], skip_special_tokens=True))
                 stopped = tokens[-1] == tokenizer.eos_token_id
                 samples.append(Sample(prompt.id, index, tokens, text, "stop" if stopped else "length"))
-            for sample, stats in zip(
-                samples, policy.score([Row(prompt.tokens, s.tokens) for s in samples], frozenset({"logp"})), strict=True
-            ):
-                sample.logp = stats.get("logp")
-            groups.append(Group(prompt, samples))
+            steps[-1].append(Group(prompt, samples))
+    _fill_log_probs(case, [group for groups in steps for group in groups], config.rollout.temperature)
+    for step, groups in enumerate(steps, start=1):
         write_records(rollout_file(case.recorded, step), [group_to_record(group) for group in groups])
+
+
+def _fill_log_probs(case: Case, groups: Sequence[Group], temperature: float) -> None:
+    parallel = ParallelSection()
+    with joined(parallel) as layout:
+        policy = Policy(ModelSection(path=str(case.model)), parallel, layout, temperature=temperature)
+        rows = [Row(group.prompt.tokens, sample.tokens) for group in groups for sample in group.samples]
+        for sample, stats in zip(samples_of(groups), policy.score(rows, frozenset({"logp"})), strict=True):
+            sample.logp = stats.get("logp")
 
 
 def make_cases(root: Path) -> list[Case]:
@@ -212,8 +217,7 @@ class Seen:
 
 def observe(config: Config) -> Observed:
     """Score, reward and train on step 1 of the recording, every update from the same weights."""
-    layout = start(config.parallel, seed=config.run.seed)
-    with closing(build(config, layout)) as parts:
+    with joined(config.parallel, seed=config.run.seed) as layout, closing(build(config, layout)) as parts:
         seen = Observed(layout.rank, layout.dp_rank)
         seen.exported = {name: tensor.clone() for name, tensor in parts.policy.export()}
         assert parts.policy.reference is not None
@@ -283,7 +287,11 @@ def _observe_updates(
 
 def check_checkpoint(config: Config, folder: Path) -> None:
     """Save and go on; load into a new policy and into the old one and go on: the same bits, moments and EMA too."""
-    layout = start(config.parallel, seed=config.run.seed)
+    with joined(config.parallel, seed=config.run.seed) as layout:
+        _check_checkpoint(config, layout, folder)
+
+
+def _check_checkpoint(config: Config, layout: Layout, folder: Path) -> None:
     rows = _plain_rows(layout.dp_rank)
 
     def make() -> Policy:

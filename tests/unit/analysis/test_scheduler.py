@@ -9,13 +9,14 @@ import pytest
 from megatron_urlvr.analysis.scheduler import Job, Scheduler
 
 WAITS = (
-    "import signal, sys; signal.signal(signal.SIGTERM, lambda *a: sys.exit(75));"
-    "print('ready', flush=True); signal.pause()"
+    "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *a: sys.exit(75));"
+    "print('ready', flush=True)\nwhile True: time.sleep(0.05)"
 )
 IGNORES = (
-    "import os, signal; signal.signal(signal.SIGTERM, lambda *a: print('ignored', flush=True)); helper = os.fork();"
-    "print('ready' if helper else 'helper', flush=True)\nwhile True: signal.pause()"
+    "import os, signal, time; signal.signal(signal.SIGTERM, lambda *a: os.write(1, b'ignored\\n')); helper = os.fork();"
+    "os.write(1, b'ready\\n' if helper else b'helper\\n')\nwhile True: time.sleep(0.05)"
 )
+"""Both wait in short sleeps: a signal that comes between the line and `signal.pause()` would be handled at the next."""
 
 
 class Recorder:
