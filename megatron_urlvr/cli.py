@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from megatron_urlvr.exit_codes import DISK_FULL, ExitCode, UnusableInput
+from megatron_urlvr.ranks import adopt_srun
 
 app = typer.Typer(
     help="Unsupervised reinforcement learning with verifiable rewards, on Megatron-Core and SGLang.",
@@ -195,10 +196,11 @@ def doctor() -> None:
 def main() -> None:
     """Entry point of `urlvr`. Unusable input (exit code 2) and a full disk (1) end with their sentences, never with a
     traceback."""
+    adopt_srun(os.environ)
     try:
         app()
     except UnusableInput as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun every rank finds the same
+        if os.environ.get("RANK", "0") == "0":  # every rank finds the same
             print(error, file=sys.stderr)
         sys.exit(ExitCode.UNUSABLE_INPUT)
     except OSError as error:

@@ -146,7 +146,7 @@ def main(config: Config, checkpoint: str | None, sets: list[str] | None) -> int:
         config.rollout = config.rollout.model_copy(update={"engine": "embedded", "replay_from": None})
     preflight(config, world_size=world_size_from_environment())
     with (
-        joined(config.parallel, device=config.run.device, seed=config.run.seed) as layout,
+        joined(config.parallel, device=config.run.device, seed=config.run.seed, run_dir=config.run.dir) as layout,
         closing(build(config, layout)) as parts,
     ):
         step = 0 if path is None else _load(parts, path)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from .config.parallel import ParallelSection
 from .exit_codes import UnusableInput
 from .policy import cpu
+from .ranks import meet, must_meet
 
 CONTROL_TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -68,7 +70,7 @@ class Layout:
 
 
 def world_size_from_environment() -> int:
-    """World size as torchrun or srun announces it; 1 without them."""
+    """World size as torchrun announces it, or srun (`ranks.adopt_srun`); 1 without them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -79,13 +81,17 @@ def pick_device(wanted: str) -> torch.device:
     if wanted == "cpu" and torch.cuda.is_available():
         raise UnusableInput("run.device = cpu, but this machine has CUDA: hide it with CUDA_VISIBLE_DEVICES= first")
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        # srun may have bound one device to each task, which then sees no other.
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
 
 
-def start(parallel: ParallelSection, *, device: str = "auto", seed: int = 0) -> Layout:
+def start(
+    parallel: ParallelSection, *, device: str = "auto", seed: int = 0, run_dir: str | Path | None = None
+) -> Layout:
     """Join the process group, set up Megatron's groups and seed the model-parallel random tracker.
 
+    `run_dir`: where ranks that srun started find each other; torchrun's need none.
     May be called again in one process with other sizes (tests do); the groups are rebuilt.
     """
     cpu.install()
@@ -97,7 +103,10 @@ def start(parallel: ParallelSection, *, device: str = "auto", seed: int = 0) -> 
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        if world_size_from_environment() > 1:
+        if run_dir is not None and must_meet(os.environ):
+            rank, world = int(os.environ["RANK"]), world_size_from_environment()
+            dist.init_process_group(backend, store=meet(Path(run_dir) / "rendezvous"), rank=rank, world_size=world)
+        elif world_size_from_environment() > 1:
             dist.init_process_group(backend)
         else:  # alone: no port that another run on this machine might take, nothing left in the environment
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -108,12 +117,14 @@ def start(parallel: ParallelSection, *, device: str = "auto", seed: int = 0) -> 
 
 
 @contextmanager
-def joined(parallel: ParallelSection, *, device: str = "auto", seed: int = 0) -> Iterator[Layout]:
+def joined(
+    parallel: ParallelSection, *, device: str = "auto", seed: int = 0, run_dir: str | Path | None = None
+) -> Iterator[Layout]:
     """`start` for the time of a block, and leave the groups (their threads and connections) at its end.
 
     After an error they are left to the end of the process where there are several: other ranks may never come.
     """
-    layout = start(parallel, device=device, seed=seed)
+    layout = start(parallel, device=device, seed=seed, run_dir=run_dir)
     alike = layout.world_size == 1
     try:
         yield layout

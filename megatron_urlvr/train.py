@@ -42,7 +42,7 @@ def main(config: Config) -> int:
     torch.set_num_threads(config.run.threads)
     preflight(config, world_size=world_size_from_environment())
     with (
-        joined(config.parallel, device=config.run.device, seed=config.run.seed) as layout,
+        joined(config.parallel, device=config.run.device, seed=config.run.seed, run_dir=config.run.dir) as layout,
         RunFiles.opened(config, layout) as files,
         Interrupts(announce=layout.is_main).listening() as interrupts,
     ):
