@@ -57,7 +57,8 @@ def lm_head_stats(
             row_index and upstream, get the same outputs, and must feed them the same gradients.
         sequence_parallel: `hidden` is sharded along T over tp_group; so is its gradient.
         outputs: names of `urlvr_kernels.OUTPUTS`.
-        row_index: `[R]` int64, the rows of (gathered) `hidden` to read, each at most once; None reads all, R = T.
+        row_index: `[R]` int64, the rows of (gathered) `hidden` to read; a row that is read twice gets the sum of
+            both gradients. None reads all, R = T.
             target, temperature, upstream and the outputs have R entries.
         upstream: `{name: [R] gradient}`: computes dH and dW in the forward pass (three matrix products, nothing
             recomputed). The result's `loss = sum upstream[k] * k` is then the only output with a gradient, and the

@@ -63,7 +63,7 @@ class HiddenGrad:
         total = self._total
         if self._call.row_index is not None:
             rows = self._hidden.shape[0] * (self._call.tp.size if self._call.sequence_parallel else 1)
-            total = total.new_zeros(rows, total.shape[1]).index_add_(0, self._call.row_index, total)
+            total = _spread(total, self._call.row_index, rows)
         self._pending = self._call.tp.sum_over_ranks(total, scatter=self._call.sequence_parallel)
 
     def finish(self) -> torch.Tensor:
@@ -72,6 +72,14 @@ class HiddenGrad:
             self._start_sum()
         assert self._pending is not None
         return self._pending.wait().to(self._hidden.dtype)
+
+
+def _spread(total: torch.Tensor, row_index: torch.Tensor, rows: int) -> torch.Tensor:
+    """`[rows, H]` with `total` summed into the rows it was read from; in a fixed order where a row was read twice."""
+    out = total.new_zeros(rows, total.shape[1])
+    if on_cpu(total):
+        return out.index_add_(0, row_index, total)
+    return out.index_put_((row_index,), total, accumulate=True)  # sorts; a GPU's index_add_ uses atomics
 
 
 def _scale_rows(rows: torch.Tensor, scale: torch.Tensor | float | None) -> None:
