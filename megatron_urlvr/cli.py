@@ -23,6 +23,8 @@ config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 rollout_app = typer.Typer(help="Rollout servers.", no_args_is_help=True)
 app.add_typer(rollout_app, name="rollout")
+bench_app = typer.Typer(help="Benchmarks.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML config, or the folder of a run.", metavar="CONFIG")]
 Overrides = Annotated[
@@ -155,6 +157,16 @@ def rewards(
     from megatron_urlvr.commands.rewards import rewards_text
 
     typer.echo(rewards_text(names or []), nl=False)
+
+
+@bench_app.command(
+    "kernels", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def bench_kernels(context: typer.Context) -> None:
+    """Measure the kernels beside their peers, in one run. `--help` lists its options."""
+    from megatron_urlvr.commands.bench import bench_kernels as run
+
+    raise typer.Exit(run(context.args))
 
 
 @app.command()

@@ -25,7 +25,7 @@ class Timing:
         """Median and quartiles."""
         out = {"median_ms": statistics.median(self.wall), "min_ms": min(self.wall)}
         if len(self.wall) > 1:
-            low, _, high = statistics.quantiles(self.wall, n=4)
+            low, _, high = statistics.quantiles(self.wall, n=4, method="inclusive")
             out |= {"q1_ms": low, "q3_ms": high}
         if self.cpu:
             out["cpu_median_ms"] = statistics.median(self.cpu)
