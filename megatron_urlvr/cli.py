@@ -182,6 +182,25 @@ def runs(
 
 
 @app.command()
+def collapse(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or ones above them.", metavar="RUN...")],
+    patience: Annotated[int, typer.Option(min=1, help="Suspicious steps in a row before the alarm.")] = 3,
+    window: Annotated[int, typer.Option(min=1, help="Each signal is the median of its last values.")] = 3,
+    baseline: Annotated[int, typer.Option(min=2, help="First steps, which say what is normal.")] = 5,
+    step: Annotated[int, typer.Option(min=0, help="Compare: always end at this step.")] = 20,
+    entropy: Annotated[float, typer.Option(min=0, help="Compare: end at this entropy a token, in nats.")] = 0.3,
+    majority: Annotated[float, typer.Option(min=0, max=1, help="Compare: end at this majority ratio.")] = 0.9,
+    out: Annotated[Path | None, typer.Option(help="Write it as JSON too.")] = None,
+) -> None:
+    """Say when the label-free detector would have stopped runs, and what labels say about that."""
+    from megatron_urlvr.commands.collapse import print_detections
+    from megatron_urlvr.config.monitor import CollapseSection
+
+    settings = CollapseSection(patience=patience, window=window, baseline_steps=baseline)
+    print_detections(runs, settings=settings, step=step, entropy=entropy, majority=majority, out=out)
+
+
+@app.command()
 def samples(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     step: Annotated[int | None, typer.Option(min=0, help="Step. Without it: the last that was kept.")] = None,

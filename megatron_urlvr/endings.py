@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .collapse_watch import Collapsed
 from .exit_codes import DISK_FULL, ExitCode, UnusableInput
 from .interrupts import Preempted
 from .policy.checkpoint import CheckpointError
@@ -51,6 +52,8 @@ def _ending_of(trainer: Trainer) -> Ending:
         trainer.run()
     except (Preempted, Abandoned):
         return _preempted(trainer)
+    except Collapsed as alarm:
+        return _collapsed(trainer, alarm)
     except RolloutFailed as error:
         return _no_servers(trainer, error)
     except (NonFiniteError, NonFiniteScoreError) as error:
@@ -68,6 +71,15 @@ def _preempted(trainer: Trainer) -> Ending:
         trainer.save()
         reason = f"{signal}; saved after step {trainer.completed['step']}, from where the same command resumes"
     return Ending("preempted", ExitCode.PREEMPTED, reason)
+
+
+def _collapsed(trainer: Trainer, alarm: Collapsed) -> Ending:
+    reason = str(alarm)
+    if trainer.watch.settings.action == "rollback":
+        kept = trainer.roll_back(alarm)
+        reason += f"; rolled back to step {trainer.step}" if kept else "; no snapshot from before it is left"
+    trainer.save()
+    return Ending("stopped", ExitCode.STOPPED, reason)
 
 
 def _no_servers(trainer: Trainer, error: RolloutFailed) -> Ending:

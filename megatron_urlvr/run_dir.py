@@ -83,6 +83,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def snapshots(self) -> Path:
+        """Ring of checkpoints to roll back to, under `monitor.collapse.action: rollback`."""
+        return self.path / "snapshots"
+
+    @property
     def report(self) -> Path:
         return self.path / "report"
 

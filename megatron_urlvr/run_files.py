@@ -15,7 +15,7 @@ from .analysis.runs import flatten
 from .config.loader import load_config
 from .config.root import Config
 from .exchange import gather_from_leaders
-from .exit_codes import UnusableInput
+from .exit_codes import ExitCode, UnusableInput
 from .layout import Layout, broadcast_json
 from .monitor.writers import Writers, build_writers
 from .policy import checkpoint
@@ -50,8 +50,8 @@ class RunFiles:
     def __init__(self, config: Config, layout: Layout, folder: RunDir) -> None:
         self.config, self.layout, self.folder = config, layout, folder
         self.writers = Writers([])
-        self.finished = False
-        """The folder holds this very run, and it has come to its end."""
+        self.finished: int | None = None
+        """The folder holds this very run, and it has come to its end, with this exit code."""
         self._began = False
         """status.json says `running`, or how this very process or another rank ended."""
         self._saved: int | None = None
@@ -63,11 +63,11 @@ class RunFiles:
         """Hold the folder for this run. UnusableInput, on every rank, when it cannot be used."""
         files = cls(config, layout, RunDir(config.run.dir))
         with ExitStack() as stack:
-            problem, finished = "", False
+            problem, finished = "", None
             if layout.is_main:
                 try:
                     stack.enter_context(files.folder.lock())
-                    finished = files._is_finished()
+                    finished = files._finished_with()
                 except UnusableInput as error:
                     problem = str(error)
             problem, files.finished = files._from_main([problem, finished])
@@ -82,12 +82,13 @@ class RunFiles:
             return value
         return broadcast_json(value, source=0, group=self.layout.control)
 
-    def _is_finished(self) -> bool:
-        """Whether there is nothing left to do. UnusableInput when the folder holds what this run would overwrite."""
+    def _finished_with(self) -> int | None:
+        """The exit code when there is nothing left to do, else None. UnusableInput when the folder holds what this run
+        would overwrite."""
         folder, steps = self.folder, self.config.run.steps
         has_checkpoints = bool(checkpoint.list_checkpoints(folder.checkpoints))
         if not has_checkpoints and not StepLines(folder.metrics).rows():
-            return False
+            return None
         if not folder.config.exists():
             raise UnusableInput(
                 f"run.dir = {folder.path} holds metrics or checkpoints, but no config.yaml that says of which run;"
@@ -104,10 +105,13 @@ class RunFiles:
                 " resume=auto to continue"
             )
         status = folder.read_status()
+        if status is not None and status.state == "stopped" and self.config.monitor.collapse.action != "warn":
+            print(f"{folder.path} was stopped: {status.reason}; monitor.collapse.action=warn goes on", flush=True)
+            return int(ExitCode.STOPPED)
         if status is None or status.state != "done" or status.step < steps:
-            return False
+            return None
         print(f"{folder.path} is done: {status.step} steps; raise run.steps to go on", flush=True)
-        return True
+        return int(ExitCode.DONE)
 
     # -- start --------------------------------------------------------------------------------------------------------
 
@@ -139,11 +143,7 @@ class RunFiles:
         folder, step = self.folder, -1 if self._saved is None else self._saved
         for problem in damaged:
             print(f"{problem}; continuing from {path}", file=sys.stderr, flush=True)
-        for newer, broken in checkpoint.list_checkpoints(folder.checkpoints):
-            if newer > step:  # out of the way of the one that will be written in its place, and of the newest k
-                aside = broken.with_name(f"damaged_{broken.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                broken.rename(aside)
+        self._set_aside_after(step, "damaged")
         dropped = StepLines(folder.metrics).truncate(step)
         for name in self.config.eval.sets:
             StepLines(folder.evaluations(name)).truncate(step)
@@ -158,6 +158,14 @@ class RunFiles:
         self.writers = build_writers(
             folder.path, self.config.monitor, config=self.config.model_dump(mode="json"), console=True
         )
+
+    def _set_aside_after(self, step: int, why: str) -> None:
+        """Rename newer checkpoints, out of the way of those to be written in their place, and of the newest k."""
+        for newer, path in checkpoint.list_checkpoints(self.folder.checkpoints):
+            if newer > step:
+                aside = path.with_name(f"{why}_{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
 
     # -- while it runs ------------------------------------------------------------------------------------------------
 
@@ -198,6 +206,12 @@ class RunFiles:
         trainer = {**state, "labels": gather_from_leaders(state["labels"], self.layout)}
         checkpoint.save(policy, self.folder.checkpoints, step, trainer, keep=self.config.checkpoint.keep)
         self._saved = step
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints after `step` to `collapsed_...`: the run was rolled back to it."""
+        if self.layout.is_main:
+            self._set_aside_after(step, "collapsed")
+        self._saved = None
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

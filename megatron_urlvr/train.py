@@ -21,11 +21,11 @@ import torch
 
 from .assembly import Parts, build, preflight
 from .batching import divergence_from_start, mini_batches, reward_groups, score_groups, training_rows, updates_per_step
+from .collapse_watch import Collapsed, CollapseWatch
 from .config.root import Config
 from .endings import run_to_its_end
 from .evaluate import Evaluator
 from .exchange import any_rank, derive_seed, hand_over, merge_sums, my_share
-from .exit_codes import ExitCode
 from .interrupts import Interrupts, Preempted
 from .layout import joined, world_size_from_environment
 from .monitor.audit import audit_sums, merge, rates, rollout_sums, term_sums
@@ -46,8 +46,8 @@ def main(config: Config) -> int:
         RunFiles.opened(config, layout) as files,
         Interrupts(announce=layout.is_main).listening() as interrupts,
     ):
-        if files.finished:
-            return int(ExitCode.DONE)
+        if files.finished is not None:
+            return files.finished
         with closing(build(config, layout)) as parts:
             return run_to_its_end(Trainer(config, parts, files, interrupts))
 
@@ -60,6 +60,7 @@ class Trainer:
         self.step = self.version = self.tokens = 0
         self.seconds: dict[str, float] = {}
         self.evaluator = Evaluator(config, parts, files)
+        self.watch = CollapseWatch(config.monitor.collapse, parts.layout, files.folder.snapshots)
         if parts.engine is not None:
             parts.engine.interrupted = lambda: interrupts.received is not None
         self.groups: list[Group] = []
@@ -77,6 +78,7 @@ class Trainer:
         if self.completed is None:
             self.complete(self.evaluator.run(0))
         while self.step < self.config.run.steps:
+            self.keep_snapshot()
             started = time.perf_counter()
             metrics = self.take_step(self.step + 1)
             self.step += 1
@@ -84,10 +86,12 @@ class Trainer:
             self.tokens += int(metrics["tokens/step"])
             if self.evaluator.due(self.step):
                 metrics |= self.evaluate(metrics)
+            metrics |= self.watch.observe(self.step, metrics)
             self.complete(metrics | self.timings(metrics["tokens/step"], time.perf_counter() - started))
             every = self.config.checkpoint.every
             if every and self.step % every == 0:
                 self.save()
+            self.watch.act()
         self.save()
 
     def evaluate(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -142,7 +146,7 @@ class Trainer:
         if self.evaluator.due(step):
             sums.append(divergence_from_start(self.parts, groups))
         sums.append({"tokens/step": (tokens, 1.0 / self.parts.layout.dp)})
-        return rates(merge_sums(merge(sums), self.parts.layout))
+        return rates(merge_sums(merge(sums), self.parts.layout)) | self.watch.signals(groups)
 
     def update(self, groups: list[list[Row]]) -> dict[str, float]:
         """One optimizer step for each mini-batch; metrics are means over them."""
@@ -168,12 +172,26 @@ class Trainer:
         self.files.log(self.step, metrics)
         self.completed = {"step": self.step, "version": self.version, "tokens": self.tokens}
         self.completed |= {"stream": self.parts.stream.state_dict(), "labels": dict(self.parts.labels.uses)}
+        self.completed |= {"watch": self.watch.state_dict()}
         self.untouched = True
 
     def save(self) -> None:
         """A checkpoint after the last completed step. Called only where the weights are those of that step."""
         assert self.completed is not None, "there is nothing to save before step 0 is complete"
         self.files.save(self.parts.policy, self.completed)
+
+    def keep_snapshot(self) -> None:
+        """Weights to roll back to, where `monitor.collapse` asks for them."""
+        assert self.completed is not None
+        self.watch.keep(self.parts.policy, self.completed)
+
+    def roll_back(self, alarm: Collapsed) -> bool:
+        """Go back to the last healthy snapshot; False when none is left. Checkpoints after it are set aside."""
+        state = self.watch.roll_back(self.parts.policy, alarm)
+        if state is not None:
+            self.restore(state)
+            self.files.set_aside_after(self.step)
+        return state is not None
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Continue after a checkpoint's step."""
@@ -183,6 +201,8 @@ class Trainer:
         self.parts.stream.load_state_dict(state["stream"])
         uses = state["labels"][self.parts.layout.dp_rank]
         self.parts.labels.uses.update(uses)
+        if "watch" in state:  # not in checkpoints from before there was one
+            self.watch.load_state_dict(state["watch"])
         self.completed = {**state, "labels": uses}
 
     def heed_signals(self) -> None:

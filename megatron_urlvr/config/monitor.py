@@ -1,8 +1,41 @@
 """`monitor` and `checkpoint`: what a run writes while it goes on."""
 
+from typing import Literal
+
 from pydantic import Field
 
-from .base import Section
+from .base import Section, rule
+
+
+class CollapseSection(Section):
+    """The label-free collapse detector; see docs/collapse.md."""
+
+    action: Literal["warn", "stop", "rollback"] = "warn"
+    """On a collapse: `warn` says so and goes on; `stop` ends the run (exit code 3); `rollback` ends it with the weights
+    of the newest snapshot from before the collapse."""
+    baseline_steps: int = Field(default=5, ge=2)
+    """First steps, which say what is normal (median and median absolute deviation)."""
+    window: int = Field(default=3, ge=1)
+    """Each signal is the median of its last so many values."""
+    patience: int = Field(default=3, ge=1)
+    """Suspicious steps in a row before the alarm."""
+    deviations: float = Field(default=6.0, ge=0)
+    """A signal must leave its baseline by so many standard deviations (from the median absolute deviation), and by its
+    own least limit."""
+    snapshot_every: int = Field(default=2, ge=1)
+    """Under `action: rollback`, keep the weights each so many steps."""
+    snapshots: int = Field(default=8, ge=2)
+    """Newest snapshots kept; together they must reach back beyond the steps that an alarm takes."""
+
+    @rule("action", "snapshot_every", "snapshots", "patience", "window")
+    def _reach(self) -> str | None:
+        reach, needed = self.snapshot_every * (self.snapshots - 1), self.patience + self.window
+        if self.action == "rollback" and reach < needed:
+            return (
+                f"snapshots = {self.snapshots}, each snapshot_every = {self.snapshot_every} steps, reach {reach} steps"
+                f" back, but an alarm takes up to patience + window = {needed}: keep more snapshots"
+            )
+        return None
 
 
 class MonitorSection(Section):
@@ -12,6 +45,8 @@ class MonitorSection(Section):
     """Log to Weights & Biases too (extra `[wandb]`)."""
     probes: int = Field(default=4, ge=0)
     """Fixed prompts whose samples are kept at every evaluation, for the report."""
+    collapse: CollapseSection = CollapseSection()
+    """The label-free collapse detector."""
 
 
 class CheckpointSection(Section):
