@@ -28,6 +28,7 @@ from .data.tokenizer import load_tokenizer, stop_ids
 from .exchange import gather_from_leaders, share_groups
 from .exit_codes import UnusableInput
 from .layout import Layout, broadcast_json
+from .monitor.alarms import Alarms
 from .policy.hf.folder import read_config
 from .policy.policy import Policy
 from .rewards.combine import Combined, build_terms
@@ -36,6 +37,7 @@ from .rollout.embedded import EmbeddedEngine
 from .rollout.engine import RolloutEngine
 from .rollout.replay import ReplayEngine
 from .rollout.sglang import SGLangEngine
+from .rollout.supervisor import server_statistics
 from .run_dir import RunDir
 from .types import Group, Prompt, Sampling
 
@@ -64,6 +66,7 @@ class Parts:
     reward: Combined
     advantage: Advantage
     loss: PolicyLoss | DirectLoss
+    alarms: Alarms
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """Graded groups of this replica's prompts, in their order, on all its ranks."""
@@ -178,6 +181,7 @@ def build(config: Config, layout: Layout) -> Parts:
         reward=reward,
         advantage=get_advantage(config.algorithm.advantage),
         loss=build_objective(config.algorithm.loss, kl),
+        alarms=Alarms(announce=layout.is_main),
     )
 
 
@@ -232,7 +236,8 @@ def build_engine(config: Config, policy: Policy, tokenizer: PreTrainedTokenizerB
 
 
 def _sglang_engine(config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase, session: str) -> SGLangEngine:
-    served = Model(int(policy.hf["vocab_size"]), stop_ids(tokenizer, config.model.path))
+    stops = stop_ids(tokenizer, config.model.path)
+    served = Model(int(policy.hf["vocab_size"]), stops, server_statistics(config))
     return SGLangEngine(
         config.servers,
         folder=RunDir(config.run.dir).servers,

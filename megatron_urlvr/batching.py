@@ -14,23 +14,21 @@ from .config.root import Config
 from .exchange import any_rank
 from .layout import Layout
 from .monitor.audit import Sums
+from .off_policy import behaviour_logp, own_logp, prepare, wants_own
 from .policy.batch import Row
 from .rewards.base import LABEL, NonFiniteScoreError
 from .rewards.combine import RewardResult
-from .types import STATISTICS, Group, Sample
+from .types import STATISTICS, Group
 
 
-def updates_per_step(config: Config) -> int:
-    """Optimizer steps taken on one step's rollouts."""
-    per_epoch = -(-config.rollout.prompts // (config.algorithm.mini_batch or config.rollout.prompts))
-    return per_epoch * config.algorithm.epochs
-
-
-def score_groups(config: Config, parts: Parts, groups: Sequence[Group]) -> None:
-    """Give every sample the statistics that the rewards need; no forward at all when none is needed."""
+def score_groups(config: Config, parts: Parts, groups: Sequence[Group], *, trained: bool = False) -> None:
+    """Give every sample the statistics that the rewards need; no forward at all when none is needed, or when the
+    servers gave them. `trained`: the groups are trained on, and the update may want log-probs from the same pass."""
     wanted = parts.reward.needs & STATISTICS
-    if not wanted:
+    if not wanted or config.reward.statistics == "servers":
         return
+    if trained and wants_own(config):
+        wanted |= {"logp"}
     samples = [(group, sample) for group in groups for sample in group.samples]
     rows = [Row(group.prompt.tokens, sample.tokens) for group, sample in samples]
     temperature = config.reward.temperature
@@ -64,7 +62,8 @@ def training_rows(
     """The rows of each group's trained samples, with their advantages.
 
     `rewards`: `[n_votes]` for each group. Log-probs of the behaviour policy are attached only when the rollouts serve
-    more than one optimizer step; strictly on-policy, the update's own forward gives them.
+    more than one optimizer step, or `algorithm.correction` wants them; strictly on-policy, the update's own forward
+    gives them.
     """
     count, kl = config.rollout.trained, config.algorithm.kl
     rows = [[Row(group.prompt.tokens, sample.tokens) for sample in group.samples[:count]] for group in groups]
@@ -78,9 +77,10 @@ def training_rows(
         if kl.place == "reward":
             penalty = reward_penalty([behaviour_logp(sample) for sample in samples], reference, kl.estimator)
             kept = kept - kl.coef * penalty.view(kept.shape)
-    if updates_per_step(config) > 1:
-        for row, stats in zip(flat, parts.policy.score(flat, frozenset({"logp"})), strict=True):
-            row.old_logp = stats.get("logp")
+    own = own_logp(config, parts, samples)
+    if own is None and wants_own(config):
+        own = [stats.get("logp") for stats in parts.policy.score(flat, frozenset({"logp"}))]
+    prepare(config, flat, samples, own)
     advantages = parts.advantage(kept).reshape(-1).tolist() if groups else []
     coefficients = parts.loss.coefficients(advantages, [behaviour_logp(sample) for sample in samples])
     for i, row in enumerate(flat):
@@ -88,13 +88,6 @@ def training_rows(
         if reference and parts.loss.needs_reference:
             row.ref_logp = reference[i]
     return rows
-
-
-def behaviour_logp(sample: Sample) -> torch.Tensor:
-    """`[T]` float32 log-probs as sampled, from the engine; ValueError when it gave none."""
-    if sample.logp is None:
-        raise ValueError(f"sample {sample.index} of prompt {sample.prompt_id!r} came without log-probs from the engine")
-    return sample.logp
 
 
 def mini_batches(config: Config, layout: Layout, groups: Sequence[Sequence[Row]]) -> Iterator[list[Row]]:

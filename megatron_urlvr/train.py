@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .assembly import Parts, build, preflight
-from .batching import divergence_from_start, mini_batches, reward_groups, score_groups, training_rows, updates_per_step
+from .batching import divergence_from_start, mini_batches, reward_groups, score_groups, training_rows
 from .collapse_watch import Collapsed, CollapseWatch
 from .config.root import Config
 from .endings import run_to_its_end
@@ -29,6 +29,7 @@ from .exchange import any_rank, derive_seed, hand_over, merge_sums, my_share
 from .interrupts import Interrupts, Preempted
 from .layout import joined, world_size_from_environment
 from .monitor.audit import audit_sums, merge, rates, rollout_sums, term_sums
+from .off_policy import compare, correction_metrics, updates_per_step
 from .policy.batch import Row
 from .policy.optimizer import learning_rate
 from .rewards.combine import RewardResult
@@ -110,16 +111,17 @@ class Trainer:
             self.groups = groups = self.generate(step)
         self.heed_signals()
         with self.phase("score"):
-            score_groups(self.config, self.parts, groups)
+            score_groups(self.config, self.parts, groups, trained=True)
         with self.phase("reward"):
             results = reward_groups(self.parts, groups)
-            metrics = self.observe(groups, results, step)
+            metrics = self.observe(groups, results, step) | compare(self.config, self.parts, groups)
         if self.config.rollout.record or self.config.run.rollout_only:
             self.files.record(step, groups)
         self.heed_signals()
         if not self.config.run.rollout_only:
             with self.phase("update"):
                 rows = training_rows(self.config, self.parts, groups, [result.total for result in results])
+                metrics |= correction_metrics(self.config, [row for each in rows for row in each], self.parts.layout)
                 metrics |= self.update(rows)
             with self.phase("sync"):
                 self.version += 1

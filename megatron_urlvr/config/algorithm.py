@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
-from .base import Section
+from .base import Section, rule
 
 LossName = Literal["ppo_clip", "em_ft", "self_certainty", "rlsc"]
 
@@ -81,6 +81,33 @@ class KLSection(Section):
     """The starting weights, or their exponential moving average (`optim.ema_decay`)."""
 
 
+class CorrectionSection(Section):
+    """What is done about tokens that other weights, or another engine, sampled."""
+
+    old_logp: Literal["recomputed", "rollout"] = "recomputed"
+    """What the loss's ratio is taken against. `recomputed`: the trainer's log-probs before the step's first update (of
+    one update a step the ratio is 1, and nothing is recomputed); `rollout`: those that came with the responses."""
+    method: Literal["none", "truncate", "mask", "sequence", "reject"] = "none"
+    """Weight of a token, from its ratio r of trainer to engine before the first update: `truncate` min(r, high), `mask`
+    r inside [low, high] and else 0; `sequence` and `reject` do the like with the geometric mean over the response."""
+    low: float = Field(default=0.5, ge=0, le=1)
+    """Lower bound of `mask` and `reject`."""
+    high: float = Field(default=2.0, ge=1)
+    """Upper bound of every method."""
+    alarm: float | None = Field(default=0.1, gt=0)
+    """Mean |log p - log mu| of trainer and engine, in nats, above which a line is printed and `mismatch/alarm` is 1.
+    None: no alarm."""
+
+    @rule("old_logp", "method")
+    def _once(self) -> str | None:
+        if self.old_logp == "rollout" and self.method != "none":
+            return (
+                f"old_logp = 'rollout' with method = {self.method!r} would count the same ratio twice: with old_logp: "
+                "rollout the loss's own ratio is the one of trainer to engine; set one of the two"
+            )
+        return None
+
+
 class AlgorithmSection(Section):
     advantage: str = "grpo"
     """`grpo`, `dr_grpo`, `rloo`, or one from an entry point."""
@@ -92,6 +119,17 @@ class AlgorithmSection(Section):
     """What is minimised: the clipped policy gradient, or a statistic directly."""
     kl: KLSection = KLSection()
     """The penalty for leaving a reference."""
+    correction: CorrectionSection = CorrectionSection()
+    """Off-policy corrections."""
+
+    @rule("loss.name", "correction.old_logp")
+    def _ratio_of_what(self) -> str | None:
+        if self.correction.old_logp == "rollout" and not isinstance(self.loss, LossSection):
+            return (
+                f"correction.old_logp = 'rollout' with loss.name = {self.loss.name!r}, which has no ratio: set "
+                "correction.old_logp=recomputed; correction.method weighs the tokens of any loss"
+            )
+        return None
 
     @field_validator("advantage")
     @classmethod

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from .data import JsonlSource
@@ -30,6 +32,7 @@ def check(
         *_context(config, hf_config),
         *_servers_context(config, hf_config),
         *_signals(config),
+        *_server_statistics(config, hf_config),
     ]
 
 
@@ -169,3 +172,32 @@ def _signals(config: Config) -> Iterator[str]:
             f"data.train.label_field = null, but the reward {supervised} reads labels: name the key that holds them, "
             "or choose a reward that needs none."
         )
+
+
+def _server_statistics(config: Config, hf_config: Mapping[str, Any]) -> Iterator[str]:
+    if config.reward.statistics != "servers" or config.rollout.engine != "sglang":
+        return
+    # Late: they depend on torch and on this package.
+    from megatron_urlvr.rollout.plugin import unavailable
+    from megatron_urlvr.rollout.supervisor import server_statistics
+
+    if missing := unavailable(server_statistics(config)):
+        yield (
+            f"reward.statistics = 'servers', but the plug-in of the servers computes no {', no '.join(missing)}, which "
+            "the reward terms need: set reward.statistics=trainer."
+        )
+    served, width = config.servers.policy.model, hf_config.get("vocab_size")
+    if served is not None and (theirs := _vocabulary_of(served)) not in (None, width):
+        yield (
+            f"reward.statistics = 'servers': servers.pools.policy.model = {served!r} has a vocabulary of {theirs}, "
+            f"model.path = {config.model.path!r} one of {width}; statistics over other vocabularies are other "
+            "statistics: serve model.path, or set reward.statistics=trainer."
+        )
+
+
+def _vocabulary_of(folder: str) -> int | None:
+    """`vocab_size` of a Hugging Face folder; None where it cannot be read here (servers may see other disks)."""
+    try:
+        return int(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

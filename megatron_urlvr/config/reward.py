@@ -67,3 +67,6 @@ class RewardSection(Section):
     """Terms by label."""
     temperature: Literal["rollout"] | Annotated[float, Field(gt=0)] = "rollout"
     """Temperature of the token statistics; `rollout` is the sampling temperature, as in the released URLVR code."""
+    statistics: Literal["trainer", "servers"] = "trainer"
+    """Who computes the token statistics that rewards are made of. `servers`: the SGLang plug-in while it samples, so
+    that the trainer's scoring pass is skipped; they are then those of the weights and the engine that sampled."""

@@ -81,6 +81,23 @@ class Config(Section):
             )
         return None
 
+    @rule("reward.statistics", "reward.temperature", "rollout.engine", "rollout.temperature")
+    def _statistics_of_servers(self) -> str | None:
+        if self.reward.statistics != "servers":
+            return None
+        if self.rollout.engine != "sglang":
+            return (
+                f"reward.statistics = 'servers' with rollout.engine = {self.rollout.engine!r}, which has no servers: "
+                "set reward.statistics=trainer, or rollout.engine=sglang"
+            )
+        if self.reward.temperature not in ("rollout", self.rollout.temperature):
+            return (
+                f"reward.statistics = 'servers' with reward.temperature = {self.reward.temperature}: servers measure "
+                f"at the temperature they sample at, {self.rollout.temperature}; set reward.temperature=rollout, or "
+                "reward.statistics=trainer"
+            )
+        return None
+
     @rule("run.rollout_only", "rollout.engine")
     def _recording_a_replay(self) -> str | None:
         if self.run.rollout_only and self.rollout.engine == "replay":

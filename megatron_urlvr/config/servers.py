@@ -60,6 +60,11 @@ class ServersSection(Section):
     """With no server left the run waits so long for one to come back, then saves and exits with code 5."""
     start_timeout_s: float = Field(default=900, gt=0)
     """Longest that a server may take from its start until it generates; reading 70B of weights takes minutes."""
+    check_groups: int = Field(default=1, ge=0)
+    """Groups of each replica and step that the trainer scores for comparison, where it does not score all of them."""
+    stats_alarm: float | None = Field(default=0.1, gt=0)
+    """Mean difference of the servers' token statistics from the trainer's above which a line is printed and
+    `rollout/stats_alarm` is 1. None: no alarm."""
     attempts: int = Field(default=16, ge=1)
     """Requests for one sample before the run gives up: no server could answer it."""
     hosts: list[str] = Field(default_factory=lambda: ["127.0.0.1", "localhost", "::1"])

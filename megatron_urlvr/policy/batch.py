@@ -28,6 +28,8 @@ class Row:
     """`[L]` float32 log-probs of the reference policy."""
     weight: torch.Tensor | None = None
     """`[L]` float32 share of each token in the global loss."""
+    correction: torch.Tensor | None = None
+    """`[L]` float32 off-policy weight of each token, a factor of the advantage; None where nothing is corrected."""
 
     @property
     def tokens(self) -> int:

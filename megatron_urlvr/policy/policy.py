@@ -293,6 +293,10 @@ def _columns(rows: Sequence[Row], index: Sequence[int]) -> dict[str, torch.Tenso
             columns[name] = torch.cat(values)
         elif any(value is not None for value in values) or name == "weight":
             raise ValueError(f"rows of one mini-batch must all carry {name!r}, or none of them")
+    if any(row.correction is not None for row in picked):
+        columns["advantage"] *= torch.cat(
+            [torch.ones(len(row.response)) if row.correction is None else row.correction for row in picked]
+        )
     return columns
 
 

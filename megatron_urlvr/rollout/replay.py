@@ -23,7 +23,7 @@ class ReplayEngine(RolloutEngine):
     """Serves the groups recorded by another run, by prompt id, one step's file after the other.
 
     They are taken as if they had just been sampled. Where the recording run's weights were others (another reward, or
-    `run.rollout_only`), what is trained on after the first step is off-policy, and nothing corrects for it.
+    `run.rollout_only`), what is trained on after the first step is off-policy; `algorithm.correction` can weigh it.
     """
 
     def __init__(self, run: str | Path) -> None:

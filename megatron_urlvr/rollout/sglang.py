@@ -20,6 +20,7 @@ from .dispatch import Dispatch, Model
 from .engine import RolloutEngine
 from .faults import Abandoned, FaultCounts
 from .loop import POLL_S, HttpLoop
+from .plugin import require_statistics
 from .pool import ServerHealth, ServerPool
 from .weight_sync.group import GroupTransport
 from .weight_sync.snapshot import Snapshots
@@ -55,6 +56,7 @@ class SGLangEngine(RolloutEngine):
         self.loop = HttpLoop(api_key(servers.api_key_env))
         self.pool = ServerPool(servers.policy, servers, folder, name=POLICY)
         self.faults = FaultCounts()
+        self._asked_for_statistics = not served.statistics
         self.version = 0
         self._pending: int | None = None
         self.sync: WeightSync | None = None
@@ -97,6 +99,10 @@ class SGLangEngine(RolloutEngine):
         assert self._pending is not None, "end_update without begin_update"
         if self.sync is not None:
             self.sync.end()
+            if not self._asked_for_statistics:
+                self._asked_for_statistics = True
+                up = [server.client for server in self.pool.up()]
+                self.loop.run(require_statistics(up, self.served.statistics, self.settings.timeout_s))
         else:
             # What this replica knew is out of date: every server is asked again for the weights it holds.
             self.loop.run(self._forget())

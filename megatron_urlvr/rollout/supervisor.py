@@ -24,13 +24,16 @@ import aiohttp
 
 from ..config.addresses import api_key, key_problem
 from ..config.root import Config
-from ..config.servers import PoolSection, ServersSection
+from ..config.servers import POLICY, PoolSection, ServersSection
 from ..exit_codes import ExitCode, UnusableInput
+from ..rewards.combine import build_terms
 from ..run_dir import RunDir
+from ..types import STATISTICS
 from .announcements import Announcement, announce, withdraw
 from .client import ServerClient
 from .faults import Fault
 from .launch_server import Environment, examine, model_context, server_command, server_environment
+from .plugin import plugin_environment
 
 LOOK_S = 0.2
 """How often processes, health at the start, and the end of the run are looked at."""
@@ -57,6 +60,8 @@ class Plan:
     name: str
     model: str
     folder: Path
+    statistics: tuple[str, ...] = ()
+    """Token statistics that the servers are to give."""
 
 
 async def serve(config: Config, name: str) -> int:
@@ -97,7 +102,16 @@ def make_plan(config: Config, name: str) -> Plan:
     model = pool.model or config.model.path
     model_context(model)
     environment = examine(pool, os.environ)
-    return Plan(pool, config.servers, environment, name, model, RunDir(config.run.dir).servers)
+    statistics = server_statistics(config) if name == POLICY else ()
+    return Plan(pool, config.servers, environment, name, model, RunDir(config.run.dir).servers, statistics)
+
+
+def server_statistics(config: Config) -> tuple[str, ...]:
+    """Token statistics that servers compute for the rewards of `config`; none unless `reward.statistics` says so."""
+    if config.reward.statistics != "servers":
+        return ()
+    terms = build_terms(config.reward, advantage=config.algorithm.advantage, seed=config.run.seed)
+    return tuple(sorted(terms.needs & STATISTICS))
 
 
 async def _until_done(run: RunDir, stop: asyncio.Event) -> None:
@@ -195,11 +209,16 @@ class SupervisedServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=server_environment(plan.pool, plan.environment, os.environ),
+                env=self._variables(),
             )
         self.started = datetime.now(UTC).isoformat()
         self._say(f"starting as process {self.process.pid}, log in {self.log}")
         return ServerClient(self.session, f"http://{_reachable(plan.pool.host)}:{port}")
+
+    def _variables(self) -> dict[str, str]:
+        plan = self.plan
+        own = server_environment(plan.pool, plan.environment, os.environ)
+        return own | plugin_environment(plan.folder / "plugin", plan.statistics, own)
 
     async def _until_ready(self, client: ServerClient, started: float) -> str | None:
         """Wait until the server generates, then announce it. Returns why it never did, or None."""

@@ -56,7 +56,7 @@ class DiceModel:
         self.vocab_size, self.random = vocab_size, random.Random(seed)
 
     def generate(self, ids: list[int], params: dict[str, Any]) -> tuple[list[int], list[float]]:
-        stops = params["stop_token_ids"]
+        stops = params.get("stop_token_ids", [0])
         others = [token for token in range(self.vocab_size) if token not in stops]
         tokens: list[int] = []
         while len(tokens) < params["max_new_tokens"] and not (tokens and tokens[-1] in stops):
@@ -129,8 +129,10 @@ class FakeServer:
         faults: Iterator[str | None] | None = None,
         key: str | None = None,
         port: int = 0,
+        statistics: tuple[str, ...] = (),
     ) -> None:
         self.model, self.context, self.vocab_size, self.key = model, context, vocab_size, key
+        self.statistics = statistics
         self.faults: Iterator[str | None] = iter(()) if faults is None else faults
         self.label = "default"
         self.dead_for = 0
@@ -234,13 +236,14 @@ class FakeServer:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     def _answer(self, body: dict[str, Any], tokens: list[int], logps: list[float], label: str) -> dict[str, Any]:
-        stopped = tokens[-1] in body["sampling_params"]["stop_token_ids"]
+        stopped = tokens[-1] in body["sampling_params"].get("stop_token_ids", [])
         full = len(tokens) == body["sampling_params"]["max_new_tokens"]
         length: dict[str, Any] = {"type": "length", "length": len(tokens)}
         return {
             "output_ids": tokens,
             "meta_info": {
-                "id": body["rid"],
+                **{name: [0.5] * len(tokens) for name in self.statistics},
+                "id": body.get("rid"),
                 "finish_reason": length if full or not stopped else {"type": "stop", "matched": tokens[-1]},
                 "prompt_tokens": len(body["input_ids"]),
                 "completion_tokens": len(tokens),

@@ -36,7 +36,9 @@ def prompts(count: int) -> list[Prompt]:
     return [Prompt(f"p{k}", "", tuple((7 * k + i) % 17 for i in range(3 + k % 4))) for k in range(count)]
 
 
-def engine_for(urls: list[str], folder: Path, work: Path, **settings: Any) -> SGLangEngine:
+def engine_for(
+    urls: list[str], folder: Path, work: Path, *, statistics: tuple[str, ...] = (), **settings: Any
+) -> SGLangEngine:
     """An engine on servers given by URL; labels differ between engines."""
     servers = ServersSection.model_validate({"pools": {"policy": {"urls": urls}}, "wait_s": 60} | settings)
     return SGLangEngine(
@@ -44,7 +46,7 @@ def engine_for(urls: list[str], folder: Path, work: Path, **settings: Any) -> SG
         folder=work / "servers",
         model=folder,
         decode=lambda tokens: " ".join(map(str, tokens)),
-        served=Model(VOCAB, frozenset([STOP])),
+        served=Model(VOCAB, frozenset([STOP]), statistics),
         device=torch.device("cpu"),
         session=f"{work.name}-{abs(hash(str(work))) % 10**6}",
     )
