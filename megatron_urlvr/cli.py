@@ -201,6 +201,26 @@ def collapse(
 
 
 @app.command()
+def theory(
+    weights: Annotated[str, typer.Option("--policy", help="Chances of the answers.")] = "0.4,0.35,0.25",
+    beta: Annotated[float, typer.Option(min=1e-3, help="Weight of the KL penalty.")] = 1.0,
+    eta: Annotated[float, typer.Option(min=0, max=1, help="How far a partial step goes.")] = 0.1,
+    votes: Annotated[int, typer.Option(min=1, help="Samples of a finite vote.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 30,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampled votes.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for theory.json and theory.png.")] = None,
+) -> None:
+    """Sharpening in exact tabular policies, beside its closed forms."""
+    from megatron_urlvr.commands.theory import print_theory
+
+    try:
+        table = [float(part) for part in weights.split(",")]
+    except ValueError:
+        raise UnusableInput(f"--policy {weights}: must be numbers with commas between, such as 0.6,0.4.") from None
+    print_theory(table, beta=beta, eta=eta, votes=votes, steps=steps, seed=seed, out=out)
+
+
+@app.command()
 def samples(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     step: Annotated[int | None, typer.Option(min=0, help="Step. Without it: the last that was kept.")] = None,
