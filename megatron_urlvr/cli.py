@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_urlvr.commands.launch import app as launch_app
 from megatron_urlvr.exit_codes import DISK_FULL, ExitCode, UnusableInput
 from megatron_urlvr.ranks import adopt_srun
 
@@ -23,6 +24,7 @@ config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 rollout_app = typer.Typer(help="Rollout servers.", no_args_is_help=True)
 app.add_typer(rollout_app, name="rollout")
+app.add_typer(launch_app, name="launch")
 bench_app = typer.Typer(help="Benchmarks.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 

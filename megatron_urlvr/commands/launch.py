@@ -1,0 +1,115 @@
+"""`urlvr launch`: a run handed to a cluster."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from megatron_urlvr.config.root import Config
+    from megatron_urlvr.launch.slurm import SlurmJob
+
+app = typer.Typer(help="Hand a run to a cluster.", no_args_is_help=True)
+
+ConfigFile = Annotated[Path, typer.Argument(help="A YAML config.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings laid over the file.", metavar="[KEY=VALUE]...", show_default=False)
+]
+Nodes = Annotated[int, typer.Option(min=1, help="Nodes of the trainer.")]
+Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks on each node. Without it: one a GPU.")]
+Gpus = Annotated[int, typer.Option(min=0, help="GPUs of each node; 0: the job asks for none.")]
+RolloutNodes = Annotated[int, typer.Option(min=0, help="Further nodes for rollout servers alone.")]
+Time = Annotated[str, typer.Option(help="Time limit: minutes, h:m:s or d-h:m:s.")]
+Text = Annotated[str, typer.Option()]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted, and submit nothing.")]
+
+
+@app.command()
+def slurm(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Nodes = 1,
+    ranks_per_node: Ranks = None,
+    gpus_per_node: Gpus = 8,
+    rollout_nodes: RolloutNodes = 0,
+    time: Time = "24:00:00",
+    signal_s: Annotated[
+        int, typer.Option("--signal", min=1, help="Seconds before the time limit: save and be requeued.")
+    ] = 300,
+    partition: Text = "",
+    rollout_partition: Annotated[str, typer.Option(help="Without it: --partition.")] = "",
+    account: Text = "",
+    qos: Text = "",
+    seeds: Annotated[str, typer.Option(help="An array, one run a seed: 0-4, or 0-9%3 for three at once.")] = "",
+    image: Annotated[str, typer.Option(help="Container image (pyxis).")] = "",
+    mounts: Annotated[str, typer.Option(help="Its mounts. Without it: the current folder.")] = "",
+    setup: Annotated[
+        list[str] | None, typer.Option(help="A line of shell at the start of the job; may be repeated.")
+    ] = None,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Evaluate the last checkpoint in a job after it.")
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write a run's batch script into its folder and submit it."""
+    from megatron_urlvr.launch.slurm import SlurmJob, evaluation_of, render, submit, write
+
+    loaded = _checked(config, overrides or [], nodes * (ranks_per_node or gpus_per_node or 1), gpus_per_node)
+    job = SlurmJob(
+        name=loaded.run.name,
+        arguments=tuple(map(shlex.quote, [str(config), *(overrides or [])])),
+        run_dir=loaded.run.dir,
+        nodes=nodes,
+        ranks_per_node=ranks_per_node or gpus_per_node or 1,
+        gpus_per_node=gpus_per_node,
+        rollout_nodes=rollout_nodes,
+        servers=_own_servers(loaded) and not rollout_nodes,
+        time=time,
+        signal_s=signal_s,
+        partition=partition,
+        rollout_partition=rollout_partition,
+        account=account,
+        qos=qos,
+        seeds=seeds,
+        image=image,
+        mounts=mounts,
+        setup=tuple(setup or ()),
+    )
+    jobs: list[SlurmJob] = [job, *([evaluation_of(job)] if evaluate else [])]
+    scripts = [render(each) for each in jobs]  # nothing is written or submitted when one of them cannot be
+    if dry_run:
+        typer.echo("\n".join(scripts), nl=False)
+        return
+    before = ""
+    for each in jobs:
+        path = write(each)
+        before = submit(path, after=before, each=bool(seeds))
+        typer.echo(f"{before}  {path}")
+
+
+def _own_servers(config: Config) -> bool:
+    return config.rollout.engine == "sglang" and not config.servers.policy.urls
+
+
+def _checked(file: Path, overrides: list[str], ranks: int, gpus: int) -> Config:
+    """The config, if `ranks` processes can train it. UnusableInput says what keeps them from it."""
+    from megatron_urlvr.config.checks import check
+    from megatron_urlvr.config.errors import ConfigError
+    from megatron_urlvr.config.loader import load_config
+    from megatron_urlvr.policy.hf.folder import read_config
+
+    config = load_config(file, overrides)
+    if not (Path(config.model.path) / "config.json").exists():
+        print(f"model.path = {config.model.path} is not here: its layout is not checked.", file=sys.stderr)
+        return config
+    device: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
+    problems = check(
+        config, world_size=ranks, hf_config=read_config(config.model.path), tokenizer_size=None, device=device
+    )
+    if problems:
+        raise ConfigError(problems)
+    return config
