@@ -100,7 +100,8 @@ class CollapseWatch:
         Responses of step t come from the weights after t - 1: with the first suspicious ones at the onset, those of the
         step before were fine, and so were the weights after onset - 2 that gave them.
         """
-        self._drop_after(alarm.onset - 2)
+        kept = [step for step, _ in checkpoint.list_checkpoints(self.snapshots)] if self.layout.is_main else []
+        self._drop_after(max([alarm.onset - 2, *kept[-1:]]))  # the oldest, where the ring does not reach so far back
         path, _ = checkpoint.newest_intact(policy, self.snapshots)
         return None if path is None else checkpoint.load(policy, path)
 

@@ -6,6 +6,9 @@ from pydantic import Field
 
 from .base import Section, rule
 
+ONSET_STEPS = 6
+"""Most steps that the onset of a collapse is dated back from the first suspicious step."""
+
 
 class CollapseSection(Section):
     """The label-free collapse detector; see docs/collapse.md."""
@@ -25,15 +28,16 @@ class CollapseSection(Section):
     snapshot_every: int = Field(default=2, ge=1)
     """Under `action: rollback`, keep the weights each so many steps."""
     snapshots: int = Field(default=8, ge=2)
-    """Newest snapshots kept; together they must reach back beyond the steps that an alarm takes."""
+    """Newest snapshots kept; together they must reach back from an alarm to before the onset."""
 
     @rule("action", "snapshot_every", "snapshots", "patience", "window")
     def _reach(self) -> str | None:
-        reach, needed = self.snapshot_every * (self.snapshots - 1), self.patience + self.window
+        reach, needed = self.snapshot_every * (self.snapshots - 1), self.patience + self.window + ONSET_STEPS
         if self.action == "rollback" and reach < needed:
             return (
                 f"snapshots = {self.snapshots}, each snapshot_every = {self.snapshot_every} steps, reach {reach} steps"
-                f" back, but an alarm takes up to patience + window = {needed}: keep more snapshots"
+                f" back, but the onset of a collapse may lie patience + window + {ONSET_STEPS} = {needed} steps before"
+                " its alarm: keep more snapshots"
             )
         return None
 

@@ -5,7 +5,8 @@
 
 Sharpening alone (entropy down, majorities up) is what a label-free reward is meant to do, in healthy runs as in dying
 ones, and never raises the alarm. Degeneration does: one answer to every prompt, nothing to parse, responses that are
-cut off, repeat themselves or change their length. Sharpening makes it count earlier. docs/collapse.md has the law, how
+cut off, repeat themselves or change their length, a policy far from its start that agrees with itself no more than at
+first. Sharpening makes it count earlier. docs/collapse.md has the law, how
 the limits were chosen, and what this cannot see: confident error that stays diverse.
 """
 
@@ -17,12 +18,16 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Literal
 
-from megatron_urlvr.config.monitor import CollapseSection
+from megatron_urlvr.config.monitor import ONSET_STEPS, CollapseSection
 
 MAD_TO_SIGMA = 1.4826
 """Median absolute deviation to standard deviation, of a normal distribution."""
 SUPPORT = 0.1
 """What each sign of sharpening adds to the score, as a share of it."""
+AGREEMENT_GREW = 1.1
+"""A majority ratio above so many times that of the first steps has grown."""
+ONSET_SHARE = 0.5
+"""The onset is dated back to where the score rose above this without falling below it again, at most ONSET_STEPS."""
 SLOPE_STEPS = 5
 """Values that the slope of the entropy is fitted to."""
 
@@ -53,6 +58,13 @@ DEGENERATION = (
     Signal("truncation", "response/truncated", "the share of responses cut off", 0.15),
     Signal("repetition", "response/repetition", "the share of repeated n-grams", 0.20),
     Signal("length", "response/length", "the length of responses", math.log(1.6), "either", "log"),
+    Signal(
+        "astray",
+        "kl/start",
+        "no more agreement than in the first steps, and the divergence from the start",
+        0.10,
+        baseline=0.0,
+    ),
 )
 SHARPENING = (
     Signal("entropy", "policy/sampled_entropy", "the entropy a token", math.log(2), "down", "log"),
@@ -91,7 +103,7 @@ class Verdict:
     score: float
     """Largest excess of a sign of degeneration, with SUPPORT for each of sharpening; 1 and more is suspect."""
     onset: int | None
-    """First step of the suspicious ones that led to the alarm; None before it."""
+    """Where the score began to rise towards the alarm; None before it."""
     alarm: int | None
     """Step of the alarm."""
     reasons: tuple[str, ...]
@@ -123,6 +135,8 @@ class CollapseDetector:
         self._histories: dict[str, _History] = {}
         self._streak: list[int] = []
         """Steps of the suspicious streak that lasts."""
+        self._rise: list[int] = []
+        """Steps of the rise, above ONSET_SHARE, that lasts."""
         self._onset: int | None = None
         self._alarm: int | None = None
         self._reasons: tuple[str, ...] = ()
@@ -135,15 +149,20 @@ class CollapseDetector:
             if value is not None and math.isfinite(value):
                 self._remember(signal, float(value))
         readings = [reading for signal in SIGNALS if (reading := self._read(signal)) is not None]
+        majority = next((r for r in readings if r.signal.name == "majority"), None)
+        if majority is None or majority.value > AGREEMENT_GREW * majority.baseline:
+            readings = [r for r in readings if r.signal.name != "astray"]
         signs = sorted((r for r in readings if r.signal in DEGENERATION), key=lambda r: -r.excess)
         support = [r for r in readings if r.signal in SHARPENING and r.excess >= 1]
         score = max(signs[0].excess, 0.0) * (1 + SUPPORT * len(support)) if signs else 0.0
         suspect = score >= 1
         self._streak = [*self._streak, step] if suspect else []
+        self._rise = [*self._rise, step] if score >= ONSET_SHARE else []
         counted = [r for r in signs if r.excess >= 1] or signs[:1]
         reasons = tuple(map(str, [*counted, *support])) if suspect else ()
         if self._alarm is None and len(self._streak) >= self.settings.patience:
-            self._onset, self._alarm, self._reasons = self._streak[0], step, reasons
+            self._onset = max(self._rise[0], self._streak[0] - ONSET_STEPS)
+            self._alarm, self._reasons = step, reasons
         state: State = "learning" if not signs else "suspect" if suspect else "healthy"
         if self._alarm is not None:
             state, reasons = "collapsing", self._reasons
@@ -155,6 +174,7 @@ class CollapseDetector:
             "first": {name: history.first for name, history in self._histories.items()},
             "recent": {name: history.recent for name, history in self._histories.items()},
             "streak": self._streak,
+            "rise": self._rise,
             "onset": self._onset,
             "alarm": self._alarm,
             "reasons": list(self._reasons),
@@ -165,7 +185,7 @@ class CollapseDetector:
         self._histories = {
             name: _History(list(first), list(state["recent"][name])) for name, first in state["first"].items()
         }
-        self._streak = list(state["streak"])
+        self._streak, self._rise = list(state["streak"]), list(state["rise"])
         self._onset, self._alarm, self._reasons = state["onset"], state["alarm"], tuple(state["reasons"])
 
     def _remember(self, signal: Signal, value: float) -> None:

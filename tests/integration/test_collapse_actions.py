@@ -14,7 +14,7 @@ EAGER = (
     "monitor.collapse.window=1",
     "monitor.collapse.patience=2",
     "monitor.collapse.snapshot_every=1",
-    "monitor.collapse.snapshots=5",
+    "monitor.collapse.snapshots=12",
 )
 """The alarm is raised at step 5 when responses degenerate from step 4 on."""
 
@@ -37,6 +37,7 @@ _FINE = {
     "response/no_answer": 0.0,
     "response/repetition": 0.0,
     "response/length": 8.0,
+    "kl/start": 0.0,
 }
 
 
@@ -88,7 +89,7 @@ def test_a_roll_back_leaves_the_weights_from_before_the_collapse(urlvr: Command,
 
 def test_a_watched_run_in_two_parts_is_the_run_in_one(urlvr: Command, config: Path, tmp_path: Path) -> None:
     run, settings = tmp_path / "run", (*EAGER, "monitor.collapse.action=rollback", "monitor.collapse.patience=6")
-    settings = (*settings, "monitor.collapse.snapshots=9")
+    settings = (*settings, "monitor.collapse.snapshots=16")
     assert urlvr("train", config, *settings).code == 0
     assert sorted(path.name for path in (run / "snapshots").iterdir())[0] == "step_000000"
     run.rename(tmp_path / "whole")

@@ -84,6 +84,26 @@ def test_sharpening_makes_a_sign_of_degeneration_count_earlier():
     assert with_it.alarm < alone.alarm
 
 
+def test_far_from_the_start_without_more_agreement_is_degeneration():
+    far = {"kl/start": 0.3}
+    assert replay(rows(far), CollapseSection())[-1].alarm is not None
+    agreeing = replay(rows({**far, "vote/majority_ratio": 0.6}), CollapseSection())[-1]
+    assert agreeing.alarm is None
+
+
+def test_the_onset_is_dated_back_to_where_the_score_rose():
+    data = rows({"response/length": 3.0}, over=30)
+    last = replay(data, CollapseSection())[-1]
+    scores = {verdict.step: verdict.score for verdict in replay(data, CollapseSection())}
+    assert last.onset is not None
+    assert last.alarm is not None
+    first = last.alarm - CollapseSection().patience + 1
+    assert scores[first - 1] < 1 <= scores[first]
+    assert last.onset == max(
+        first - 6, min(s for s in range(1, first) if all(scores[k] >= 0.5 for k in range(s, first)))
+    )
+
+
 def test_a_single_odd_step_is_waited_out():
     data = rows({})
     data[30] |= {"response/no_answer": 1.0, "response/truncated": 1.0}
@@ -141,5 +161,5 @@ def test_no_signal_reads_labels():
 
 
 def test_snapshots_that_do_not_reach_back_far_enough_are_refused():
-    with pytest.raises(ValueError, match="reach 2 steps back, but an alarm takes up to patience"):
+    with pytest.raises(ValueError, match="reach 2 steps back, but the onset of a collapse may lie"):
         CollapseSection(action="rollback", snapshots=2)
