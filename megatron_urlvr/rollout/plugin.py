@@ -51,8 +51,9 @@ async def require_statistics(clients: Sequence[ServerClient], names: Sequence[st
     """Ask every server for one token. UnusableInput when its statistics do not come with it."""
     body: dict[str, Any] = {
         "input_ids": [0],
+        "rid": "token-statistics",
         "return_logprob": True,
-        "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
+        "sampling_params": {"max_new_tokens": 1, "temperature": 1.0, "top_p": 1.0, "stop_token_ids": [0]},
     }
     for client in clients:
         try:

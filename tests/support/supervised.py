@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import time
@@ -26,6 +27,31 @@ class Served:
     @property
     def servers(self) -> Path:
         return self.run / "servers"
+
+    def announcements(self) -> list[dict[str, Any]]:
+        """Of all servers that are ready, in order of their ids."""
+        found = []
+        for path in sorted(self.servers.glob("*.json")):
+            with contextlib.suppress(FileNotFoundError):  # withdrawn since the listing
+                found.append(dict(json.loads(path.read_text(encoding="utf-8"))))
+        return found
+
+    def wait_for(self, count: int) -> list[dict[str, Any]]:
+        """The announcements of `count` servers, once all are ready."""
+        deadline = time.monotonic() + START_S
+        while len(found := self.announcements()) < count:
+            assert self.supervisor.poll() is None, f"the supervisor ended; see {self.run}/serve.log"
+            assert time.monotonic() < deadline, f"no {count} servers within {START_S} s; see {self.servers}"
+            time.sleep(0.2)
+        return found
+
+    def wait_until_replaced(self, ended: dict[str, Any]) -> None:
+        """Until a server that ended is there again, as another process."""
+        deadline = time.monotonic() + START_S
+        while not any(a["id"] == ended["id"] and a["pid"] != ended["pid"] for a in self.announcements()):
+            assert self.supervisor.poll() is None, f"the supervisor ended; see {self.run}/serve.log"
+            assert time.monotonic() < deadline, f"{ended['id']} did not come back within {START_S} s"
+            time.sleep(0.2)
 
     def announcement(self) -> dict[str, Any] | None:
         for path in self.servers.glob("*.json"):
