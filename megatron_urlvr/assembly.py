@@ -35,6 +35,7 @@ from .rewards.combine import Combined, build_terms
 from .rollout.dispatch import Model
 from .rollout.embedded import EmbeddedEngine
 from .rollout.engine import RolloutEngine
+from .rollout.filters import Filter, get_filter
 from .rollout.replay import ReplayEngine
 from .rollout.sglang import SGLangEngine
 from .rollout.supervisor import server_statistics
@@ -67,6 +68,8 @@ class Parts:
     advantage: Advantage
     loss: PolicyLoss | DirectLoss
     alarms: Alarms
+    filter: Filter[Any] | None
+    """Chooses the groups that are trained on; None where all are."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """Graded groups of this replica's prompts, in their order, on all its ranks."""
@@ -182,15 +185,26 @@ def build(config: Config, layout: Layout) -> Parts:
         advantage=get_advantage(config.algorithm.advantage),
         loss=build_objective(config.algorithm.loss, kl),
         alarms=Alarms(announce=layout.is_main),
+        filter=_filter(config),
     )
+
+
+def _filter(config: Config) -> Filter[Any] | None:
+    section = config.rollout.filter
+    if section is None:
+        return None
+    cls = get_filter(section.name)
+    return cls(cls.Options(**section.options))
 
 
 def _training_data(config: Config, train: PromptSet, reward: Combined) -> Iterator[str]:
     """What is wrong with the training prompts for this run."""
-    if len(train) < config.rollout.prompts:
+    if len(train) < config.rollout.sampled:
+        more = f" x oversample = {config.rollout.oversample:g}" if config.rollout.filter else ""
+        fits = int(len(train) / config.rollout.oversample)
         yield (
-            f"data.train holds {len(train)} prompts, but rollout.prompts = {config.rollout.prompts} different ones make"
-            f" a step: give more data, or set rollout.prompts={len(train)} or less."
+            f"data.train holds {len(train)} prompts, but rollout.prompts = {config.rollout.prompts}{more} different"
+            f" ones make a step: give more data, or set rollout.prompts={fits} or less."
         )
     if reward.supervised and train.unlabelled:
         names = ", ".join(sorted(term.reward.name for term in reward.terms if term.reward.supervised))

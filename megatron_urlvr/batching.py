@@ -11,13 +11,15 @@ from .algorithms.kl import k3, reward_penalty
 from .algorithms.losses import token_weights
 from .assembly import Parts
 from .config.root import Config
-from .exchange import any_rank
+from .exchange import any_rank, derive_seed, merge_sums
 from .layout import Layout
 from .monitor.audit import Sums
 from .off_policy import behaviour_logp, own_logp, prepare, wants_own
 from .policy.batch import Row
 from .rewards.base import LABEL, NonFiniteScoreError
 from .rewards.combine import RewardResult
+from .rollout.choice import choose
+from .rollout.filters import select
 from .types import STATISTICS, Group
 
 
@@ -65,11 +67,16 @@ def training_rows(
     more than one optimizer step, or `algorithm.correction` wants them; strictly on-policy, the update's own forward
     gives them.
     """
-    count, kl = config.rollout.trained, config.algorithm.kl
-    rows = [[Row(group.prompt.tokens, sample.tokens) for sample in group.samples[:count]] for group in groups]
+    kl = config.algorithm.kl
+    chosen = [_trained_votes(config, group) for group in groups]
+    rows = [
+        [Row(g.prompt.tokens, g.samples[k].tokens) for k in places] for g, places in zip(groups, chosen, strict=True)
+    ]
     flat = [row for members in rows for row in members]
-    samples = [sample for group in groups for sample in group.samples[:count]]
-    kept = torch.stack([reward[:count] for reward in rewards]) if groups else torch.zeros(0, count)
+    samples = [group.samples[k] for group, places in zip(groups, chosen, strict=True) for k in places]
+    kept = torch.zeros(0, config.rollout.trained)
+    if groups:
+        kept = torch.stack([reward[places] for reward, places in zip(rewards, chosen, strict=True)])
     reference = []
     if kl.coef > 0:
         found = parts.policy.score(flat, frozenset({"logp"}), "ema" if kl.reference == "ema" else "reference")
@@ -88,6 +95,28 @@ def training_rows(
         if reference and parts.loss.needs_reference:
             row.ref_logp = reference[i]
     return rows
+
+
+def _trained_votes(config: Config, group: Group) -> list[int]:
+    """Places of the votes of `group` that are trained on, the same on every rank."""
+    rollout = config.rollout
+    seed = derive_seed(config.run.seed, "train_on", group.prompt.id, group.samples[0].version)
+    return choose(group.classes, rollout.trained, rollout.train_on, seed)
+
+
+def select_groups(
+    config: Config, parts: Parts, groups: list[Group], rewards: list[torch.Tensor]
+) -> tuple[list[Group], list[torch.Tensor], dict[str, float]]:
+    """The groups that are trained on and their rewards, under `rollout.filter`, and `filter/...`: shares of all
+    sampled groups. Each replica fills its own part of the step."""
+    if parts.filter is None:
+        return groups, rewards, {}
+    chosen = select(parts.filter, groups, rewards, config.rollout.prompts // parts.layout.dp)
+    sums = {f"filter/{name}": (count, 0.0) for name, count in chosen.counts.items()}
+    total = merge_sums(sums | {"groups": (float(len(groups)), 0.0)}, parts.layout)
+    number = total.pop("groups")[0]
+    metrics = {name: count / number for name, (count, _) in total.items()}
+    return [groups[k] for k in chosen.kept], [rewards[k] for k in chosen.kept], metrics
 
 
 def mini_batches(config: Config, layout: Layout, groups: Sequence[Sequence[Row]]) -> Iterator[list[Row]]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .assembly import Parts, build, preflight
-from .batching import divergence_from_start, mini_batches, reward_groups, score_groups, training_rows
+from .batching import divergence_from_start, mini_batches, reward_groups, score_groups, select_groups, training_rows
 from .collapse_watch import Collapsed, CollapseWatch
 from .config.root import Config
 from .endings import run_to_its_end
@@ -120,7 +120,10 @@ class Trainer:
         self.heed_signals()
         if not self.config.run.rollout_only:
             with self.phase("update"):
-                rows = training_rows(self.config, self.parts, groups, [result.total for result in results])
+                totals = [result.total for result in results]
+                trained, totals, selected = select_groups(self.config, self.parts, groups, totals)
+                rows = training_rows(self.config, self.parts, trained, totals)
+                metrics |= selected
                 metrics |= correction_metrics(self.config, [row for each in rows for row in each], self.parts.layout)
                 metrics |= self.update(rows)
             with self.phase("sync"):
@@ -131,7 +134,7 @@ class Trainer:
     def generate(self, step: int) -> list[Group]:
         """Graded groups of this replica's share of the next prompts."""
         rollout = self.config.rollout
-        prompts = my_share(self.parts.stream.next(rollout.prompts), self.parts.layout)
+        prompts = my_share(self.parts.stream.next(rollout.sampled), self.parts.layout)
         if self.parts.engine is not None:
             self.parts.engine.begin_step(step)
         seed = derive_seed(self.config.run.seed, "train", step)

@@ -1,10 +1,60 @@
 """`rollout`: how responses are sampled."""
 
-from typing import Literal
+from __future__ import annotations
 
-from pydantic import Field
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .base import Section, rule
+
+
+class FilterSection(Section):
+    """Which groups are trained on: a filter's name, and its own options beside it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    """`zero_variance`: not those whose samples all have one reward. `majority`: those whose winning answer's share lies
+    within [low, high]. Or one from an entry point."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The filter's own options, its defaults filled in."""
+        return dict(self.__pydantic_extra__ or {})
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        _filter(value)
+        return value
+
+    @model_validator(mode="after")
+    def _options_hold(self) -> Self:
+        self.__pydantic_extra__ = _filter(self.name).Options.model_validate(self.options).model_dump(mode="json")
+        return self
+
+    @classmethod
+    def surviving(cls, parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
+        """Another filter starts from its own defaults."""
+        return dict(parent) if child.get("name", parent.get("name")) == parent.get("name") else {}
+
+    @classmethod
+    def open_model(cls, field: str | None, raw: Mapping[str, Any]) -> type[BaseModel] | None:
+        """The options of the named filter stand beside the name."""
+        try:
+            return None if field is not None else _filter(raw.get("name")).Options
+        except ValueError:
+            return None
+
+
+def _filter(name: Any) -> Any:
+    """The filter class, imported late: filters depend on torch and on this package. UnknownName if there is none."""
+    from megatron_urlvr.rollout.filters import get_filter
+
+    return get_filter(str(name))
 
 
 class RolloutSection(Section):
@@ -16,7 +66,14 @@ class RolloutSection(Section):
     n_votes: int = Field(ge=1)
     """Responses sampled for each prompt; all of them vote."""
     n_train: int | None = Field(default=None, ge=1)
-    """Responses of each prompt that are trained on, the first ones. None: all."""
+    """Responses of each prompt that are trained on. None: all."""
+    train_on: Literal["first", "random", "stratified"] = "first"
+    """Which `n_train` of the votes: the first, any, or of every answer its share."""
+    filter: FilterSection | None = None
+    """Dynamic sampling: of `oversample` times as many groups those are trained on that the filter keeps. None: all."""
+    oversample: float = Field(default=1.0, ge=1)
+    """Prompts sampled for each one that is trained on. Good groups beyond `prompts` are left out; where they are too
+    few, groups that the filter dropped fill up."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; statistics and rewards use the same. Truncated sampling is for evaluation alone."""
     max_new_tokens: int = Field(ge=1)
@@ -43,6 +100,30 @@ class RolloutSection(Section):
                 f"n_train = {self.n_train} is more than n_votes = {self.n_votes}: train on at most all that are sampled"
             )
         return None
+
+    @rule("filter", "oversample")
+    def _choice_of_groups(self) -> str | None:
+        if self.filter is None and self.oversample > 1:
+            return (
+                f"oversample = {self.oversample} without a filter: nothing says which groups to leave out; set filter"
+            )
+        if self.filter is not None and self.oversample == 1:
+            return "filter with oversample = 1: there is nothing to choose from; set oversample above 1"
+        return None
+
+    @rule("train_on", "n_train", "n_votes")
+    def _choice_of_votes(self) -> str | None:
+        if self.train_on != "first" and self.trained == self.n_votes:
+            return (
+                f"train_on = {self.train_on!r} with n_train = n_votes = {self.n_votes}: all votes are trained on; set "
+                "n_train below n_votes, or train_on=first"
+            )
+        return None
+
+    @property
+    def sampled(self) -> int:
+        """Prompts of one step that are sampled."""
+        return math.ceil(self.prompts * self.oversample)
 
     @property
     def trained(self) -> int:

@@ -46,3 +46,14 @@ def test_stale_rollouts_raise_the_alarm_and_are_weighed(urlvr: Command, config: 
     assert 0 < stale["correction/capped"] < 1
     assert stale["correction/weight"] < 1
     assert outcome.err.count("mismatch/alarm") == 1, "said once, while it lasts"
+
+
+def test_dynamic_sampling_trains_on_what_the_filter_keeps(urlvr: Command, config: Path, tmp_path: Path) -> None:
+    vote = 'reward.terms.main={"name": "majority_vote"}'
+    sampling = ["rollout.filter.name=zero_variance", "rollout.oversample=3", "rollout.n_votes=6", "rollout.n_train=4"]
+    assert urlvr("train", config, *SHORT, vote, *sampling, "rollout.train_on=stratified").code == 0
+    for row in rows(tmp_path / "run")[1:]:
+        shares = [row[f"filter/{name}"] for name in ("kept", "spare")] + [row.get("filter/dropped/zero_variance", 0)]
+        assert sum(shares) == pytest.approx(1)
+        assert row["filter/kept"] + row["filter/filled"] == pytest.approx(4 / 12)
+        assert row["reward/zero_variance"] == pytest.approx(row.get("filter/dropped/zero_variance", 0))

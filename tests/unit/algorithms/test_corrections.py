@@ -71,9 +71,7 @@ def test_truncated_weights_make_the_engines_samples_estimate_the_trainers_mean()
     assert float((mu * w * value).sum()) == pytest.approx(float((p * value).sum()), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "shards", [[range(12)], [range(5), range(5, 12)], [[i] for i in range(12)], [[], range(12)]]
-)
+@pytest.mark.parametrize("shards", [[range(12)], [range(5), range(5, 12)], [[i] for i in range(12)], [[], range(12)]])
 def test_totals_do_not_depend_on_who_holds_which_response(shards):
     batch = Responses(seed=8)
     total = sum((mismatch(batch.tensors(part)) for part in shards), Mismatch())
