@@ -203,6 +203,23 @@ def collapse(
 
 
 @app.command()
+def mcs(
+    config: Annotated[Path, typer.Argument(help="A YAML file of policies to compare, see docs/mcs.md.")],
+    overrides: Overrides = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once. Without it: as the file says.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure what is there, and train nothing.")] = False,
+) -> None:
+    """Measure the Model Collapse Step of base policies. Continues where it was interrupted."""
+    from megatron_urlvr.config.loader import load_config
+    from megatron_urlvr.config.mcs import McsConfig
+
+    loaded = load_config(config, overrides or [], McsConfig)
+    from megatron_urlvr.commands.mcs import measure as run
+
+    raise typer.Exit(run(loaded, config, jobs, train=not measure))
+
+
+@app.command()
 def theory(
     weights: Annotated[str, typer.Option("--policy", help="Chances of the answers.")] = "0.4,0.35,0.25",
     beta: Annotated[float, typer.Option(min=1e-3, help="Weight of the KL penalty.")] = 1.0,
