@@ -40,4 +40,4 @@ sglang-cpu:
 	@$(PYTHON) servers/cpu_env.py
 
 test-sglang: $(STAMP)  ## tests that need a real SGLang server, on this CPU
-	$(call timed,tests against SGLang,URLVR_SGLANG_PYTHON="$$($(PYTHON) servers/cpu_env.py)" $(VENV)/bin/pytest tests/sglang)
+	$(call timed,tests against SGLang,URLVR_SGLANG_PYTHON="$$($(PYTHON) servers/cpu_env.py)" $(VENV)/bin/pytest --timeout 600 tests/sglang)
