@@ -65,20 +65,37 @@ class Scheduler:
     depend on it. The first signal is passed on to the running jobs as SIGTERM, and no more are started; a second
     kills them."""
 
-    def __init__(self, jobs: Sequence[Job], *, slots: int, environment: Mapping[str, str], watcher: Watcher) -> None:
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        *,
+        slots: int,
+        environment: Mapping[str, str],
+        watcher: Watcher,
+        limit_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`limit_s`: start nothing so long after `run` began; what runs then ends in its own time."""
         self.jobs = {job.name: job for job in jobs}
         self.outcomes: dict[str, Outcome] = {name: Outcome("waiting") for name in self.jobs}
         self._slots, self._environment, self._watcher = slots, dict(environment), watcher
         self._running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
         self._received = self._passed_on = 0
+        self._limit_s, self._clock, self._began = limit_s, clock, 0.0
 
     @property
     def interrupted(self) -> bool:
         """Whether a signal ended the work early."""
         return any(outcome.state == "interrupted" for outcome in self.outcomes.values())
 
+    @property
+    def signalled(self) -> bool:
+        """Whether a signal came."""
+        return self._received > 0
+
     def run(self) -> dict[str, Outcome]:
         """Run every job to its end. Returns the outcomes by name."""
+        self._began = self._clock()
         with self._handling_signals():
             while True:
                 self._start_ready()
@@ -99,13 +116,17 @@ class Scheduler:
             for name, job in self.jobs.items():
                 if self.outcomes[name].state != "waiting":
                     continue
-                if self._received:
+                if self._received or self._is_late():
                     self._end(job, Outcome("interrupted", reason="not started"))
                 elif unmet := [each for each in job.after if self.outcomes[each].state in ("failed", "blocked")]:
                     self._end(job, Outcome("blocked", reason=f"it needs {unmet[0]}, which {self._why(unmet[0])}"))
                     progressed = True
                 elif len(self._running) < self._slots and self._are_done(job.after):
                     self._start(job)
+
+    def _is_late(self) -> bool:
+        """Whether the time to start something is over."""
+        return self._limit_s is not None and self._clock() - self._began >= self._limit_s
 
     def _why(self, name: str) -> str:
         return "failed" if self.outcomes[name].state == "failed" else "could not start"

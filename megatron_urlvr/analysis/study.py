@@ -79,9 +79,13 @@ def run_study(config: StudyConfig, path: Path, jobs: int | None = None, *, cli: 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with job_watcher() as watcher:
         queue = study_jobs(plan.bases, waiting, folder / "logs", cli)
-        scheduler = Scheduler(queue, slots=jobs or config.jobs, environment=environment, watcher=watcher)
+        limit = None if config.hours is None else config.hours * 3600
+        slots = jobs or config.jobs
+        scheduler = Scheduler(queue, slots=slots, environment=environment, watcher=watcher, limit_s=limit)
         outcomes = scheduler.run()
     if scheduler.interrupted:
+        if not scheduler.signalled:  # its hours are over: what there is can be looked at
+            _report(config, plan, {})
         print(f"interrupted; the same command continues: urlvr study {path}", flush=True)
         return int(ExitCode.PREEMPTED)
     failed = {name: outcome for name, outcome in outcomes.items() if outcome.state != "done"}
@@ -98,27 +102,35 @@ def run_study(config: StudyConfig, path: Path, jobs: int | None = None, *, cli: 
 def plan_study(config: StudyConfig, path: Path) -> Plan:
     """Load every config of the study. UnusableInput lists what is wrong with any of them."""
     plan, problems = Plan([], []), list[str]()
-    seeds: list[int | None] = [*config.seeds] or [None]
-    for seed in seeds:
+    runs = config.all_runs()
+    seeds_of = {name: _seeds(config, run) for name, run in runs.items()}
+    for seed in dict.fromkeys(seed for seeds in seeds_of.values() for seed in seeds):
         bases: dict[str, PlannedBase] = {}
         for name in config.bases:
             try:
                 bases[name] = _plan_base(config, path, name, seed)
             except UnusableInput as error:
                 problems.append(str(error))
-        for name, run in config.runs.items():
+        for name, run in runs.items():
             base, _, snapshot = (run.base or "").partition("/")
+            if seed not in seeds_of[name]:
+                continue
             if run.base is not None and base not in bases:
                 continue  # its base's config is at fault, which is told already
             try:
-                plan.runs.append(_plan_run(config, path, name, seed, bases.get(base), snapshot))
+                plan.runs.append(_plan_run(config, path, name, run, seed, bases.get(base), snapshot))
             except UnusableInput as error:
                 problems.append(str(error))
         plan.bases.extend(bases.values())
     if problems:
         raise UnusableInput("\n".join(dict.fromkeys(problems)))
-    plan.runs.sort(key=lambda run: list(config.runs).index(run.run))
+    order = {name: place for place, name in enumerate(runs)}
+    plan.runs.sort(key=lambda run: order[run.run])
     return plan
+
+
+def _seeds(config: StudyConfig, run: StudyRun) -> list[int | None]:
+    return [*(run.seeds or config.seeds)] or [None]
 
 
 def _plan_base(config: StudyConfig, path: Path, name: str, seed: int | None) -> PlannedBase:
@@ -132,9 +144,15 @@ def _plan_base(config: StudyConfig, path: Path, name: str, seed: int | None) -> 
 
 
 def _plan_run(
-    config: StudyConfig, path: Path, name: str, seed: int | None, base: PlannedBase | None, snapshot: str
+    config: StudyConfig,
+    path: Path,
+    name: str,
+    run: StudyRun,
+    seed: int | None,
+    base: PlannedBase | None,
+    snapshot: str,
 ) -> PlannedRun:
-    run, key = config.runs[name], _key(name, seed)
+    key = _key(name, seed)
     _check_snapshot(name, run, base, snapshot)
     overrides = [
         *run.overrides,
@@ -241,7 +259,7 @@ class _MissingSnapshot:
 def study_series(config: StudyConfig, plan: Plan) -> list[Series]:
     """One series a run of the study, with its replicates; runs that never began are left out."""
     out = []
-    for name, spec in config.runs.items():
+    for name, spec in config.all_runs().items():
         began = [run for run in plan.runs if run.run == name and RunDir(run.folder).config.exists()]
         if began:
             records = [load_run(run.folder) for run in began]
@@ -255,7 +273,7 @@ def _base_name(config: StudyConfig, spec: StudyRun) -> str:
         return ""
     snapshot = spec.base.partition("/")[2]
     clash = any(
-        other.base != spec.base and (other.base or "").endswith("/" + snapshot) for other in config.runs.values()
+        other.base != spec.base and (other.base or "").endswith("/" + snapshot) for other in config.all_runs().values()
     )
     return spec.base if clash else snapshot
 

@@ -61,10 +61,12 @@ def config_file(path: str | Path) -> Path:
 
 
 def model_of(path: str | Path) -> type[Section]:
-    """Which kind of config a file is: a study has `runs`, pretraining has `snapshots`, else it is a training run."""
+    """Which kind of config a file is: a study has `runs` or a `grid`, pretraining `snapshots`; else a training run."""
     layers = Layers(Config)
     layers.add_file(config_file(path))
-    return StudyConfig if "runs" in layers.tree else PretrainConfig if "snapshots" in layers.tree else Config
+    if {"runs", "grid"} & set(layers.tree):
+        return StudyConfig
+    return PretrainConfig if "snapshots" in layers.tree else Config
 
 
 def to_yaml(config: Section) -> str:

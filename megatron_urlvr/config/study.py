@@ -1,11 +1,16 @@
 """The config of `urlvr study`: bases and runs that are reported on together."""
 
+import itertools
+import math
 import re
+from collections.abc import Iterable
+from typing import TypeVar
 
 from pydantic import Field
 
 from .base import Section, rule
 
+T = TypeVar("T")
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -25,6 +30,23 @@ class StudyRun(Section):
     """Settings laid over it, as on the command line."""
     label: str | None = None
     """Name in figures; None: the run's key."""
+    seeds: list[int] | None = None
+    """Seeds of this run; None: the study's."""
+
+
+class GridPoint(Section):
+    """What one value of a grid's axis adds to a run."""
+
+    config: str | None = None
+    """Run config, relative to the study's file; the last axis that says one wins."""
+    base: str | None = None
+    """As in a run; the last axis that says one wins."""
+    overrides: list[str] = Field(default_factory=list)
+    """Settings laid over the config, after those of earlier axes."""
+    label: str | None = None
+    """Part of the name in figures; None: the value's key."""
+    seeds: list[int] | None = None
+    """Seeds of the runs with this value; the last axis that says some wins."""
 
 
 class StudyConfig(Section):
@@ -38,8 +60,12 @@ class StudyConfig(Section):
     """Sentences printed at the head of the report."""
     bases: dict[str, BaseSpec] = Field(default_factory=dict)
     """Base policies to pretrain, by name; each is made once and kept."""
-    runs: dict[str, StudyRun] = Field(min_length=1)
+    runs: dict[str, StudyRun] = Field(default_factory=dict)
     """Training runs, by key."""
+    grid: list[dict[str, GridPoint]] = Field(default_factory=list)
+    """Axes of a grid: a run for every combination of their values, called `<value>.<value>`, besides `runs`."""
+    hours: float | None = Field(default=None, gt=0)
+    """Start no more runs after so long; the same command continues later. None: no limit."""
     jobs: int = Field(default=1, ge=1)
     """Runs at once, each in processes of its own."""
     seeds: list[int] = Field(default_factory=list)
@@ -49,18 +75,50 @@ class StudyConfig(Section):
     measure_set: str | None = None
     """Disjoint evaluation set on which start, peak and end are measured. With `select_set`."""
 
-    @rule("bases", "runs")
+    def all_runs(self) -> dict[str, StudyRun]:
+        """`runs`, and those of the grid in the order of its axes, the first the slowest. ValueError for a combination
+        without a config."""
+        out = dict(self.runs)
+        for values in itertools.product(*(axis.items() for axis in self.grid)) if self.grid else ():
+            key = ".".join(name for name, _ in values)
+            points = [point for _, point in values]
+            config = _last(point.config for point in points)
+            if config is None:
+                raise ValueError(f"grid: the combination {key} has no config: give one on any of its axes")
+            out[key] = StudyRun(
+                config=config,
+                base=_last(point.base for point in points),
+                overrides=[override for point in points for override in point.overrides],
+                label=", ".join(point.label or name for name, point in values),
+                seeds=_last(point.seeds for point in points),
+            )
+        return out
+
+    @rule("runs", "grid")
+    def _something_to_run(self) -> str | None:
+        if empty := [number for number, axis in enumerate(self.grid) if not axis]:
+            return f"grid: axis {empty[0]} has no values, so that there would be no run at all"
+        try:
+            runs = self.all_runs()
+        except ValueError as error:
+            return str(error)
+        if not runs:
+            return "runs and grid are both empty: there is nothing to run"
+        count = len(self.runs) + math.prod(len(axis) for axis in self.grid) * bool(self.grid)
+        return None if len(runs) == count else "grid: two runs have the same key; rename a value, or a run"
+
+    @rule("bases", "runs", "grid")
     def _keys_are_folder_names(self) -> str | None:
-        if wrong := [key for key in (*self.bases, *self.runs) if not _KEY.fullmatch(key)]:
+        if wrong := [key for key in (*self.bases, *self._runs_if_any()) if not _KEY.fullmatch(key)]:
             return (
                 f"{', '.join(map(repr, wrong))}: keys of bases and runs name folders, so they hold letters, digits,"
                 " '.', '_' and '-', and begin with a letter or digit"
             )
         return None
 
-    @rule("bases", "runs")
+    @rule("bases", "runs", "grid")
     def _bases_are_there(self) -> str | None:
-        for key, run in self.runs.items():
+        for key, run in self._runs_if_any().items():
             if run.base is None:
                 continue
             base, slash, snapshot = run.base.partition("/")
@@ -71,10 +129,19 @@ class StudyConfig(Section):
                 )
         return None
 
-    @rule("seeds")
+    def _runs_if_any(self) -> dict[str, StudyRun]:
+        """All runs; none where the grid itself is at fault, which is told once."""
+        try:
+            return self.all_runs()
+        except ValueError:
+            return {}
+
+    @rule("seeds", "runs", "grid")
     def _seeds_differ(self) -> str | None:
-        if len(set(self.seeds)) < len(self.seeds) or any(seed < 0 for seed in self.seeds):
-            return f"seeds = {self.seeds}: must be different numbers from 0 up"
+        places = {"seeds": self.seeds} | {f"runs.{key}.seeds": run.seeds for key, run in self._runs_if_any().items()}
+        for place, seeds in places.items():
+            if seeds is not None and (len(set(seeds)) < len(seeds) or any(seed < 0 for seed in seeds)):
+                return f"{place} = {seeds}: must be different numbers from 0 up"
         return None
 
     @rule("select_set", "measure_set")
@@ -87,3 +154,8 @@ class StudyConfig(Section):
                 " biased upwards; name two disjoint sets"
             )
         return None
+
+
+def _last(values: Iterable[T | None]) -> T | None:
+    """The last of `values` that is not None."""
+    return next((value for value in reversed(list(values)) if value is not None), None)

@@ -142,3 +142,21 @@ def test_a_second_signal_kills_a_job_with_its_helpers(tmp_path):
     _, outcomes, _ = run([stubborn], watcher=Recorder(when_ready))
     assert outcomes["a"].exit_code == -signal.SIGKILL
     assert outcomes["a"].state == "interrupted"
+
+
+def test_after_its_time_nothing_is_started_and_what_runs_comes_to_its_end(tmp_path):
+    now = [0.0]
+    first = job(tmp_path, "first", "print('whole')")
+    scheduler = Scheduler(
+        [first, job(tmp_path, "second")],
+        slots=1,
+        environment=os.environ,
+        watcher=Recorder(on_tick=lambda running: now.__setitem__(0, 11.0)),
+        limit_s=10,
+        clock=lambda: now[0],
+    )
+    outcomes = scheduler.run()
+    assert (outcomes["first"].state, outcomes["second"].state) == ("done", "interrupted")
+    assert says(first, "whole")
+    assert scheduler.interrupted
+    assert not scheduler.signalled
