@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .analysis.estimators import NO_ANSWER, mean_and_se, summarise
+from .analysis.estimators import NO_ANSWER, Floats, maj_at_n, mean_and_se, summarise
 from .assembly import HeldOut, Parts, build, preflight
 from .batching import reward_groups, score_groups
 from .config.errors import did_you_mean
@@ -87,7 +87,10 @@ class Evaluator:
                 lines = (f"avg@{votes}", f"maj@{votes}", "greedy")
                 metrics |= {f"eval/{name}/base/{key}": base[key] for key in lines if key in base}
             right = [sum(row["right"][: held.spec.samples]) for row in rows]
-            self.files.append_evaluation(name, {"step": step, "n": held.spec.samples, "correct": right})
+            kept: dict[str, Any] = {"step": step, "n": held.spec.samples, "correct": right}
+            if step == 0:  # what the base believes, to tell apart later where it was right and where it was wrong
+                kept |= {"votes": votes, "majority_right": majority_right(rows).tolist()}
+            self.files.append_evaluation(name, kept)
         self._keep_probes(step)
         return metrics
 
@@ -123,6 +126,12 @@ class Evaluator:
             for k, sample in enumerate(group.samples)
         ]
         self.files.write_samples(step, rows)
+
+
+def majority_right(rows: Sequence[dict[str, Any]]) -> Floats:
+    """Whether each problem's majority answer is right, `[P]`; of k tied ones each counts 1/k."""
+    classes = [[NO_ANSWER if c is None else c for c in row["classes"]] for row in rows]
+    return maj_at_n(classes, [row["right"] for row in rows])
 
 
 def summarise_rows(rows: Sequence[dict[str, Any]], spec: Any, votes: int) -> dict[str, float]:

@@ -26,6 +26,7 @@ from .progress import job_watcher
 from .report import REPORT_FILE, write_series_report
 from .runs import Series, load_run
 from .scheduler import Job, Outcome, Scheduler
+from .summary import write_summary
 
 CLI = (sys.executable, "-m", "megatron_urlvr.cli")
 """The command that pretrains and trains."""
@@ -293,8 +294,11 @@ def _report(config: StudyConfig, plan: Plan, failed: Mapping[str, Outcome]) -> N
         select_set=config.select_set,
         measure_set=config.measure_set,
     )
+    summary = write_summary(series, page.parent, measure=config.measure_set, select=config.select_set)
     overview = page.parent / "overview.png"
     print(f"report       {page}")
+    if summary is not None:
+        print(f"summary      {summary}")
     if overview.exists():
         print(f"figure       {overview}")
     print(f"runs         urlvr runs {folder / 'runs'}")
