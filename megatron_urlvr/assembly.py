@@ -15,7 +15,7 @@ from .agreement import agreed
 from .algorithms.advantages import Advantage, get_advantage
 from .algorithms.direct import DirectLoss, build_objective
 from .algorithms.losses import PolicyLoss
-from .config.checks import check
+from .config.checks import SERVER_MARGIN, check
 from .config.errors import ConfigError
 from .config.eval import EvalSet
 from .config.root import Config
@@ -31,15 +31,19 @@ from .layout import Layout, broadcast_json
 from .monitor.alarms import Alarms
 from .policy.hf.folder import read_config
 from .policy.policy import Policy
+from .rewards.base import PERMUTED_LABEL
 from .rewards.combine import Combined, build_terms
+from .rewards.providers import Checker, Respondent, Weights, get_provider
 from .rollout.dispatch import Model
 from .rollout.embedded import EmbeddedEngine
 from .rollout.engine import RolloutEngine
 from .rollout.filters import Filter, get_filter
+from .rollout.frozen import FrozenServers
 from .rollout.replay import ReplayEngine
 from .rollout.sglang import SGLangEngine
 from .rollout.supervisor import server_statistics
 from .run_dir import RunDir
+from .signals import ModelRespondent, Signals, permuted
 from .types import Group, Prompt, Sampling
 
 
@@ -67,6 +71,9 @@ class Parts:
     reward: Combined
     advantage: Advantage
     loss: PolicyLoss | DirectLoss
+    signals: Signals
+    permuted: dict[str, str]
+    """The prompt whose label each training prompt is given, where a reward wants the wrong ones; else empty."""
     alarms: Alarms
     filter: Filter[Any] | None
     """Chooses the groups that are trained on; None where all are."""
@@ -103,6 +110,21 @@ class Parts:
         grader = self.grader_of(group.prompt)
         return torch.tensor([grader.correct(sample.answer, label) for sample in group.samples], dtype=torch.bool)
 
+    def can_reward(self, prompt: Prompt) -> bool:
+        """Whether responses to `prompt` can be given a reward: its label is there where one is read, and its providers
+        find in it what they need."""
+        if PERMUTED_LABEL in self.reward.needs and prompt.id not in self.permuted:
+            return False
+        return (prompt.id in self.labels or not self.reward.supervised) and not self.signals.problems([prompt])
+
+    def permuted_correctness(self, group: Group, *, use: str) -> torch.Tensor | None:
+        """`[n]` bool: which answers are right for another prompt's label. None when there is none."""
+        label = self.labels.get(self.permuted.get(group.prompt.id, ""), use=use)
+        if label is None:
+            return None
+        grader = self.grader_of(group.prompt)
+        return torch.tensor([grader.correct(sample.answer, label) for sample in group.samples], dtype=torch.bool)
+
     def fingerprints(self) -> dict[str, str]:
         """Hashes of the data, for provenance."""
         return {"data/train": self.train.fingerprint} | {
@@ -113,6 +135,7 @@ class Parts:
         """Release engine and grader processes."""
         for prompts in (self.train, *(held.prompts for held in self.held_out.values())):
             prompts.grader.close()
+        self.signals.close()
         if self.engine is not None:
             self.engine.close()
 
@@ -161,7 +184,7 @@ def build(config: Config, layout: Layout) -> Parts:
     reward = _reward(config)
     if problems := [*_training_data(config, train, reward), *_without_labels(held_out)]:
         raise UnusableInput("\n".join(problems))
-    kl = config.algorithm.kl
+    sets = {"train": train} | {name: held.prompts for name, held in held_out.items()}
     session = _new_session(layout)
     policy = Policy(
         config.model,
@@ -170,8 +193,14 @@ def build(config: Config, layout: Layout) -> Parts:
         optim=None if config.run.rollout_only else config.optim,
         temperature=config.rollout.temperature,
         real_vocab=_real_vocab(config, tokenizer),
-        keep_reference=config.eval.every > 0 or (kl.coef > 0 and kl.reference == "start"),
+        keep_reference=_wants_reference(config),
     )
+    engine = build_engine(config, policy, tokenizer, session) if layout.is_leader else None
+    signals = build_signals(config, policy, tokenizer, engine, reward, sets)
+    if problems := signals.problems(train.prompts):
+        if engine is not None:
+            engine.close()
+        raise UnusableInput("\n".join(problems))
     return Parts(
         layout=layout,
         tokenizer=tokenizer,
@@ -180,10 +209,12 @@ def build(config: Config, layout: Layout) -> Parts:
         stream=PromptStream(train.prompts, seed=config.run.seed, shuffle=config.data.shuffle),
         held_out=held_out,
         policy=policy,
-        engine=build_engine(config, policy, tokenizer, session) if layout.is_leader else None,
+        engine=engine,
         reward=reward,
         advantage=get_advantage(config.algorithm.advantage),
-        loss=build_objective(config.algorithm.loss, kl),
+        loss=build_objective(config.algorithm.loss, config.algorithm.kl),
+        signals=signals,
+        permuted=permuted([p.id for p in train.prompts], config.run.seed) if PERMUTED_LABEL in reward.needs else {},
         alarms=Alarms(announce=layout.is_main),
         filter=_filter(config),
     )
@@ -221,6 +252,79 @@ def _without_labels(held_out: Mapping[str, HeldOut]) -> Iterator[str]:
                 f"eval.sets.{name} has no labels, so that nothing can be measured on it: give data with true answers,"
                 f" or remove the set ({name}: null)."
             )
+
+
+def _wants_reference(config: Config) -> bool:
+    """Whether the starting weights are read again: by an evaluation, a penalty, a certainty reward or a provider."""
+    kl = config.algorithm.kl
+    return (
+        config.eval.every > 0
+        or (kl.coef > 0 and kl.reference == "start")
+        or config.reward.judge == "reference"
+        or any(provider.options.get("weights") == "reference" for provider in config.reward.providers.values())
+    )
+
+
+def build_signals(
+    config: Config,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    engine: RolloutEngine | None,
+    reward: Combined,
+    sets: Mapping[str, PromptSet],
+) -> Signals:
+    """What rewards need beyond token statistics and answers. `sets`: prompts by the name that begins their ids."""
+
+    def set_of(prompt: Prompt) -> PromptSet:
+        return sets.get(prompt.id.split("/", 1)[0], sets["train"])
+
+    def checkers_of(prompt: Prompt) -> Mapping[str, Checker]:
+        task = set_of(prompt).task
+        return {} if task is None else task.checkers()
+
+    def respondent_of(weights: Weights, pool: str) -> Respondent:
+        if weights == "servers":
+            return _frozen_servers(config, pool, replicas=policy.layout.dp, like=engine)
+        made = embedded_engine(config.model.path, policy, tokenizer, max_batch=config.rollout.batch)
+        return ModelRespondent(made, tokenizer, _positions(policy.hf))
+
+    chosen = config.reward.providers.items()
+    classes = {label: get_provider(section.name) for label, section in chosen}
+    return Signals(
+        layout=policy.layout,
+        policy=policy,
+        needs=reward.needs,
+        providers={label: (classes[label], classes[label].Options(**section.options)) for label, section in chosen},
+        seed=config.run.seed,
+        respondent_of=respondent_of,
+        own=None if engine is None else ModelRespondent(engine, tokenizer, _positions(policy.hf)),
+        grader_of=lambda prompt: set_of(prompt).grader,
+        checkers_of=checkers_of,
+        decode=_decoder(tokenizer),
+    )
+
+
+def _positions(hf: Mapping[str, Any]) -> int:
+    """Positions of a model; servers may have fewer, and then say so."""
+    return int(hf.get("max_position_embeddings", 2**31))
+
+
+def _frozen_servers(config: Config, pool: str, *, replicas: int, like: RolloutEngine | None) -> ModelRespondent:
+    section = config.servers.pools[pool]
+    folder = section.model or config.model.path
+    hf, tokenizer = read_config(folder), load_tokenizer(folder)
+    servers = FrozenServers(
+        config.servers,
+        pool=pool,
+        folder=RunDir(config.run.dir).servers,
+        model=Path(folder),
+        decode=_decoder(tokenizer),
+        served=Model(int(hf["vocab_size"]), stop_ids(tokenizer, folder)),
+        replicas=replicas,
+    )
+    if like is not None:
+        servers.interrupted = lambda: like.interrupted()
+    return ModelRespondent(servers, tokenizer, min(section.context, _positions(hf)) - SERVER_MARGIN)
 
 
 def _real_vocab(config: Config, tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -16,7 +16,7 @@ from .layout import Layout
 from .monitor.audit import Sums
 from .off_policy import behaviour_logp, own_logp, prepare, wants_own
 from .policy.batch import Row
-from .rewards.base import LABEL, NonFiniteScoreError
+from .rewards.base import LABEL, PERMUTED_LABEL, NonFiniteScoreError
 from .rewards.combine import RewardResult
 from .rollout.choice import choose
 from .rollout.filters import select
@@ -34,16 +34,24 @@ def score_groups(config: Config, parts: Parts, groups: Sequence[Group], *, train
     samples = [(group, sample) for group in groups for sample in group.samples]
     rows = [Row(group.prompt.tokens, sample.tokens) for group, sample in samples]
     temperature = config.reward.temperature
-    found = parts.policy.score(rows, wanted, temperature=None if temperature == "rollout" else temperature)
+    found = parts.policy.score(
+        rows, wanted, config.reward.judge, temperature=None if temperature == "rollout" else temperature
+    )
     for (_, sample), stats in zip(samples, found, strict=True):
         sample.stats = stats
 
 
 def reward_groups(parts: Parts, groups: Sequence[Group], *, use: str = "reward") -> list[RewardResult]:
-    """Rewards of `groups`. Supervised ones alone are told which answers are right: a use of labels named `use`.
+    """Rewards of `groups`, once providers have filled in what they need. Supervised ones alone are told which answers
+    are right: a use of labels named `use`.
 
     NonFiniteScoreError on every rank when a reward of any replica is not finite.
     """
+    parts.signals.fetch(groups)
+    if PERMUTED_LABEL in parts.reward.needs:
+        for group in groups:
+            if (right := parts.permuted_correctness(group, use=use)) is not None:
+                group.signals[PERMUTED_LABEL] = right.float()
     if LABEL in parts.reward.needs:
         for group in groups:
             if (right := parts.correctness(group, use=use)) is not None:

@@ -107,8 +107,8 @@ class Evaluator:
         longest = held.spec.max_new_tokens or self.config.rollout.max_new_tokens
         seed = derive_seed(self.config.run.seed, "probes")
         sampling = Sampling(PROBE_SAMPLES, longest, self.config.rollout.temperature, seed=seed)
-        # A supervised reward can say nothing of a prompt without a label.
-        known = [p for p in held.prompts.prompts if p.id in self.parts.labels or not self.parts.reward.supervised]
+        # A supervised reward can say nothing of a prompt without a label, one from a provider not of every prompt.
+        known = [p for p in held.prompts.prompts if self.parts.can_reward(p)]
         groups = self.parts.generate(known[:count], sampling)
         score_groups(self.config, self.parts, groups)
         rewards = reward_groups(self.parts, groups, use="probes")

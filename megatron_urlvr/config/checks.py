@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from .data import JsonlSource
+from .data import TableSource
 from .root import Config
 
 
@@ -158,15 +158,29 @@ def _servers_context(config: Config, hf_config: Mapping[str, Any]) -> Iterator[s
 
 def _signals(config: Config) -> Iterator[str]:
     # Late: rewards depend on torch and on this package.
-    from megatron_urlvr.rewards import build_terms, missing_signals
-    from megatron_urlvr.rewards.base import ANSWER, LABEL
+    from megatron_urlvr.rewards import build_terms, get_provider, missing_signals
+    from megatron_urlvr.rewards.base import ANSWER, LABEL, PERMUTED_LABEL
+    from megatron_urlvr.rewards.spans import SPAN_SIGNALS
     from megatron_urlvr.types import STATISTICS
 
     terms = build_terms(config.reward, advantage=config.algorithm.advantage, seed=config.run.seed)
-    for sentence in missing_signals(terms, STATISTICS | {ANSWER, LABEL}):
-        yield f"{sentence}."
+    offered = {name: get_provider(p.name).provides for name, p in config.reward.providers.items()}
+    everything = frozenset().union(STATISTICS, {ANSWER, LABEL, PERMUTED_LABEL}, SPAN_SIGNALS, *offered.values())
+    for sentence in missing_signals(terms, everything):
+        yield f"{sentence}; name a provider of it under reward.providers."
+    for label, signals in offered.items():
+        if not signals & terms.needs:
+            yield (
+                f"reward.providers.{label} provides {', '.join(sorted(signals))}, which no reward of this run needs: "
+                "leave it out, or choose a reward that reads it."
+            )
+        if twice := [other for other in offered if other < label and offered[other] & signals]:
+            yield (
+                f"reward.providers.{twice[0]} and reward.providers.{label} both provide "
+                f"{', '.join(sorted(offered[twice[0]] & signals))}: leave one of them out."
+            )
     source = config.data.train
-    if terms.supervised and isinstance(source, JsonlSource) and source.label_field is None:
+    if terms.supervised and isinstance(source, TableSource) and source.label_field is None:
         supervised = ", ".join(sorted(term.reward.name for term in terms.terms if term.reward.supervised))
         yield (
             f"data.train.label_field = null, but the reward {supervised} reads labels: name the key that holds them, "

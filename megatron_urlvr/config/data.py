@@ -102,17 +102,19 @@ class GradingSection(Section):
         )
 
 
-class JsonlSource(Section):
-    """Prompts from a JSON-lines file."""
+class TableSource(Section):
+    """What every table of prompts has, whatever holds it."""
 
-    path: str
-    """File with one JSON object a line."""
     prompt_field: str = "prompt"
     """Key of the question."""
     label_field: str | None = "answer"
     """Key of the true answer, read by audit and evaluation alone. None: there are no labels."""
     id_field: str | None = None
     """Key of a unique id. None: the line number."""
+    paraphrase_field: str | None = None
+    """Key of the same question in other words, for the provider `votes`."""
+    tests_field: str | None = None
+    """Key of Python text that tests a program, for the provider `unit_tests`."""
     template: Literal["plain", "chat"] = "plain"
     """`chat` applies the tokenizer's chat template to one user message; `plain` formats `plain_template`."""
     plain_template: str = "{prompt}"
@@ -136,25 +138,55 @@ class JsonlSource(Section):
         return _surviving_kind(parent, child)
 
 
+class JsonlSource(TableSource):
+    """Prompts from a JSON-lines or Parquet file."""
+
+    path: str
+    """File with one JSON object a line; or a Parquet file, by its ending `.parquet`."""
+
+
+class DatasetSource(TableSource):
+    """Prompts from a data set of the `datasets` library."""
+
+    dataset: str
+    """Folder that `save_to_disk` wrote, or a name on the Hugging Face hub."""
+    split: str = "train"
+    """Which of its splits."""
+    subset: str | None = None
+    """Configuration of a data set on the hub that has several."""
+    revision: str | None = None
+    """Commit of a data set on the hub. None: the newest, which may be another one tomorrow."""
+
+
 def kind_of_source(value: Any) -> str:
-    """Tag of a source as written: `jsonl` when it has a path, else `task`."""
+    """Tag of a source as written: `jsonl` when it has a path, `dataset` when it names one, else `task`."""
     keys = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-    return "jsonl" if "path" in keys else "task"
+    return "jsonl" if "path" in keys else "dataset" if "dataset" in keys else "task"
+
+
+_OWN = ("task", "path", "dataset")
+"""The key that tells each kind of source from the others."""
 
 
 def _surviving_kind(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
-    """When a task takes the place of a file, or a file that of a task, only what both know stays (an evaluation set's
-    sampling)."""
-    if not (("task" in child and "path" in parent) or ("path" in child and "task" in parent)):
+    """When a source of one kind takes the place of one of another, only what all know stays (an evaluation set's
+    sampling), and between tables how they are read."""
+    before, after = ([key for key in _OWN if key in each] for each in (parent, child))
+    if not before or not after or before == after:
         return dict(parent)
-    return {k: v for k, v in parent.items() if k not in TaskSource.model_fields and k not in JsonlSource.model_fields}
+    gone = {*TaskSource.model_fields, *JsonlSource.model_fields, *DatasetSource.model_fields}
+    if "task" not in (*before, *after):
+        gone -= set(TableSource.model_fields)
+    return {key: value for key, value in parent.items() if key not in gone}
 
 
 Source = Annotated[
-    Annotated[TaskSource, Tag("task")] | Annotated[JsonlSource, Tag("jsonl")],
+    Annotated[TaskSource, Tag("task")]
+    | Annotated[JsonlSource, Tag("jsonl")]
+    | Annotated[DatasetSource, Tag("dataset")],
     Discriminator(kind_of_source),
 ]
-"""A task (`{task: chain_sum, size: 8192}`) or a file (`{path: train.jsonl}`)."""
+"""A task (`{task: chain_sum, size: 8192}`), a file (`{path: train.jsonl}`) or a data set (`{dataset: folder}`)."""
 
 
 class DataSection(Section):

@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Discriminator, Field, Tag
 
 from .base import Section, rule
-from .data import JsonlSource, TaskSource, kind_of_source
+from .data import DatasetSource, JsonlSource, TableSource, TaskSource, kind_of_source
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -38,8 +38,8 @@ class TaskEvalSet(TaskSource, EvalOptions):
     """Held-out prompts of a task: never the training prompts, whatever the seeds."""
 
 
-class JsonlEvalSet(JsonlSource, EvalOptions):
-    """Held-out prompts from a file."""
+class _Labelled(TableSource, EvalOptions):
+    """What held-out tables have in common."""
 
     @rule("label_field")
     def _labels(self) -> str | None:
@@ -48,8 +48,18 @@ class JsonlEvalSet(JsonlSource, EvalOptions):
         return None
 
 
+class JsonlEvalSet(JsonlSource, _Labelled):
+    """Held-out prompts from a file."""
+
+
+class DatasetEvalSet(DatasetSource, _Labelled):
+    """Held-out prompts from a data set."""
+
+
 EvalSet = Annotated[
-    Annotated[TaskEvalSet, Tag("task")] | Annotated[JsonlEvalSet, Tag("jsonl")],
+    Annotated[TaskEvalSet, Tag("task")]
+    | Annotated[JsonlEvalSet, Tag("jsonl")]
+    | Annotated[DatasetEvalSet, Tag("dataset")],
     Discriminator(kind_of_source),
 ]
 

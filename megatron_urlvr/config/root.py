@@ -62,6 +62,36 @@ class Config(Section):
             )
         return None
 
+    @rule("reward.judge", "optim.ema_decay")
+    def _ema_judge(self) -> str | None:
+        if self.reward.judge == "ema" and self.optim.ema_decay is None:
+            return (
+                "reward.judge = 'ema' needs optim.ema_decay, which is null: set a decay such as 0.99, or "
+                "reward.judge=reference"
+            )
+        return None
+
+    @rule("reward.providers", "rollout.engine", "optim.ema_decay", "servers.pools")
+    def _who_is_asked(self) -> str | None:
+        for label, provider in self.reward.providers.items():
+            weights, place = provider.options.get("weights"), f"reward.providers.{label}.weights"
+            if weights == "ema" and self.optim.ema_decay is None:
+                return f"{place} = 'ema' needs optim.ema_decay, which is null: set a decay such as 0.99"
+            if weights in ("reference", "ema") and self.rollout.engine == "sglang":
+                return (
+                    f"{place} = {weights!r} with rollout.engine = 'sglang': servers hold the policy's weights or their "
+                    "own; set weights=servers and give the pool's model, or weights=policy"
+                )
+            if weights == "policy" and self.rollout.engine == "replay":
+                return f"{place} = 'policy' with rollout.engine = 'replay': a recording answers no other prompts"
+            pool = provider.options.get("pool")
+            if weights == "servers" and pool not in self.servers.pools:
+                return (
+                    f"{place} = 'servers' needs servers.pools.{pool}, and there is {', '.join(self.servers.pools)}: "
+                    f"give the pool, with the model it serves, or set reward.providers.{label}.pool"
+                )
+        return None
+
     @rule("algorithm.advantage", "rollout.n_votes", "rollout.n_train", "run.rollout_only")
     def _group_of_one(self) -> str | None:
         if self.rollout.trained > 1 or self.run.rollout_only:

@@ -1,4 +1,4 @@
-"""Questions from a JSON-lines file, through a template, every unusable row named."""
+"""Questions from a table (JSON lines, Parquet, a data set), through a template, every unusable row named."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -7,8 +7,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ..config.data import JsonlSource
+from ..config.data import DatasetSource, JsonlSource, TableSource
+from .columns import dataset_records, parquet_records
 from .errors import DataError
+from .tokenizer import NO_CHAT_TEMPLATE, chat_text
 
 SHOWN = 5
 """Unusable rows that one error lists."""
@@ -26,7 +28,11 @@ class Row:
 
 
 def read_rows(
-    source: JsonlSource, *, name: str, tokenizer: PreTrainedTokenizerBase, label_of: Callable[[str], str]
+    source: JsonlSource | DatasetSource,
+    *,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    label_of: Callable[[str], str],
 ) -> list[Row]:
     """The rows of `source`, at most `source.limit`. Blank lines are passed over.
 
@@ -38,11 +44,12 @@ def read_rows(
     seen: dict[str, int] = {}
     keys: set[str] = set()
     render = _renderer(source, tokenizer)
-    for number, line in _lines(source.path):
+    what = source.path if isinstance(source, JsonlSource) else source.dataset
+    for number, line in _numbered(source):
         if source.limit is not None and len(rows) + len(wrong) == source.limit:
             break
         try:
-            record = _record(line)
+            record = _record(line) if isinstance(line, str) else line
             keys |= record.keys()
             row = _row(record, number, source, name, render, label_of)
             first = seen.setdefault(row.id, number)
@@ -53,12 +60,12 @@ def read_rows(
             wrong.append(f"line {number} {error}")
     if wrong:
         more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        raise DataError(f"{source.path!r} has {len(wrong)} unusable rows: {'; '.join(wrong[:SHOWN])}{more}")
+        raise DataError(f"{what!r} has {len(wrong)} unusable rows: {'; '.join(wrong[:SHOWN])}{more}")
     if not rows:
-        raise DataError(f"{source.path!r} has no rows: one JSON object a line is expected")
+        raise DataError(f"{what!r} has no rows: one question a row is expected")
     if source.label_field is not None and source.label_field not in keys:
         raise DataError(
-            f"no row of {source.path!r} has the label_field {source.label_field!r} (keys: {', '.join(sorted(keys))}): "
+            f"no row of {what!r} has the label_field {source.label_field!r} (keys: {', '.join(sorted(keys))}): "
             "name the right one, or set label_field to null for data without labels"
         )
     return rows
@@ -66,6 +73,16 @@ def read_rows(
 
 class _RowError(ValueError):
     """What is wrong with one row; completes "line 3 ..."."""
+
+
+def _numbered(source: JsonlSource | DatasetSource) -> Iterator[tuple[int, str | dict[str, object]]]:
+    """Rows with their numbers from 1: lines of JSON, or records."""
+    if isinstance(source, DatasetSource):
+        yield from enumerate(dataset_records(source), start=1)
+    elif source.path.endswith(".parquet"):
+        yield from enumerate(parquet_records(source.path, source.limit), start=1)
+    else:
+        yield from _lines(source.path)
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
@@ -99,7 +116,7 @@ def _record(line: str) -> dict[str, object]:
 def _row(
     record: dict[str, object],
     number: int,
-    source: JsonlSource,
+    source: TableSource,
     name: str,
     render: Callable[[str], str],
     label_of: Callable[[str], str],
@@ -120,11 +137,25 @@ def _row(
         id=f"{name}/{identity}",
         text=render(question),
         label=_label(record, source, label_of),
-        fields={"question": question},
+        fields={"question": question, **_extras(record, source, render)},
     )
 
 
-def _label(record: dict[str, object], source: JsonlSource, label_of: Callable[[str], str]) -> str | None:
+def _extras(record: dict[str, object], source: TableSource, render: Callable[[str], str]) -> dict[str, object]:
+    """What providers may know of a row besides the question: its paraphrase and its tests, where it has them."""
+    extras: dict[str, object] = {}
+    for key, column in (("paraphrase", source.paraphrase_field), ("tests", source.tests_field)):
+        value = None if column is None else record.get(column)
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise _RowError(f"has a {type(value).__name__} under {column!r}; a string is expected")
+        if value.strip():
+            extras[key] = render(value) if key == "paraphrase" else value
+    return extras
+
+
+def _label(record: dict[str, object], source: TableSource, label_of: Callable[[str], str]) -> str | None:
     """The true answer of a row: a string or number; None where the row has none."""
     raw = None if source.label_field is None else record.get(source.label_field)
     if raw is None:
@@ -137,23 +168,12 @@ def _label(record: dict[str, object], source: JsonlSource, label_of: Callable[[s
     return label
 
 
-def _renderer(source: JsonlSource, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+def _renderer(source: TableSource, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
     """From a bare question to what the policy reads."""
     if source.template == "plain":
         if source.system is not None:
             raise DataError(f"system = {source.system!r} needs template: chat; put it into plain_template instead")
         return lambda question: source.plain_template.replace("{prompt}", question)
     if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            "template: chat needs a tokenizer with a chat template, and this one has none: use template: plain"
-        )
-    system = [] if source.system is None else [{"role": "system", "content": source.system}]
-
-    def chat(question: str) -> str:
-        messages = [*system, {"role": "user", "content": question}]
-        try:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # a template raises whatever its author chose
-            raise DataError(f"the tokenizer's chat template refuses the prompt: {error}") from error
-
-    return chat
+        raise DataError(NO_CHAT_TEMPLATE)
+    return lambda question: chat_text(tokenizer, question, source.system)

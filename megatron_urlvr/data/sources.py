@@ -8,14 +8,15 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from ..config.data import JsonlSource, TaskSource
+from ..config.data import DatasetSource, JsonlSource, TableSource, TaskSource
 from ..types import Prompt
 from .errors import DataError
 from .grading.grader import Grader
 from .grading.text import TextGrader
 from .jsonl import Row, read_rows
 from .labels import LabelStore
-from .tasks import Split, Task, get_task
+from .tasks import Split, Task, TaskPrompt, get_task
+from .tokenizer import without_end
 
 
 @dataclass
@@ -39,7 +40,7 @@ class PromptSet:
 
 
 def load_source(
-    source: TaskSource | JsonlSource,
+    source: TaskSource | JsonlSource | DatasetSource,
     *,
     name: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -55,7 +56,7 @@ def load_source(
     of its own. DataError, in a sentence, for whatever makes the source unusable.
     """
     grader: Grader
-    if isinstance(source, JsonlSource):
+    if isinstance(source, JsonlSource | DatasetSource):
         task, grader = None, (text_grader := TextGrader(source.grading))
         rows = read_rows(source, name=name, tokenizer=tokenizer, label_of=text_grader.label)
     else:
@@ -63,7 +64,7 @@ def load_source(
         grader = task.grader()
         rows = _task_rows(task, source, name, split, seed)
     # A chat template writes the tokens that begin a text itself.
-    special = not (isinstance(source, JsonlSource) and source.template == "chat")
+    special = not (isinstance(source, TableSource) and source.template == "chat")
     prompts, dropped = _tokenise(rows, tokenizer, special, max_prompt_tokens, overlong)
     if not prompts:
         raise DataError(
@@ -91,9 +92,14 @@ def _task_rows(task: Task, source: TaskSource, name: str, split: Split, seed: in
     seed = seed if source.seed is None else source.seed
     made = task.prompts(source.size, seed=seed, split=split, skip=source.skip)
     return [
-        Row(id=f"{name}/{source.skip + i}", text=prompt.text, label=prompt.label, fields=prompt.fields)
+        Row(id=f"{name}/{source.skip + i}", text=prompt.text, label=prompt.label, fields=_with_paraphrase(task, prompt))
         for i, prompt in enumerate(made)
     ]
+
+
+def _with_paraphrase(task: Task, prompt: TaskPrompt) -> dict[str, object]:
+    other = task.paraphrase(prompt)
+    return prompt.fields if other is None else {**prompt.fields, "paraphrase": other}
 
 
 def _tokenise(
@@ -101,23 +107,34 @@ def _tokenise(
 ) -> tuple[list[Prompt], int]:
     """Prompts of at most `limit` tokens, and how many were longer. `special`: add what the tokenizer begins with."""
     try:
-        encoded = tokenizer([row.text for row in rows], add_special_tokens=special)["input_ids"]
+        encoded = _encode(tokenizer, [row.text for row in rows], special)
+        others = {row.id: str(row.fields["paraphrase"]) for row in rows if "paraphrase" in row.fields}
+        paraphrases = dict(zip(others, _encode(tokenizer, list(others.values()), special), strict=True))
     except Exception as error:
         raise DataError(
             f"the model's tokenizer cannot encode the prompts ({error}): is model.path the right base for this data?"
         ) from error
     prompts = []
     for row, ids in zip(rows, encoded, strict=True):
-        if special and ids and ids[-1] == tokenizer.eos_token_id and not row.text.endswith(str(tokenizer.eos_token)):
-            ids = ids[:-1]  # some tokenizers end every text; a prompt goes on
-        if len(ids) <= limit:
-            prompts.append(Prompt(id=row.id, text=row.text, tokens=tuple(ids), fields=row.fields))
+        fields, longest = row.fields, len(ids)
+        if (other := paraphrases.get(row.id)) is not None:
+            fields, longest = {**fields, "paraphrase_tokens": other}, max(longest, len(other))
+        if longest <= limit:
+            prompts.append(Prompt(id=row.id, text=row.text, tokens=tuple(ids), fields=fields))
         elif overlong == "refuse":
             raise DataError(
-                f"prompt {row.id!r} has {len(ids)} tokens and data.max_prompt_tokens is {limit}: "
+                f"prompt {row.id!r} has {longest} tokens and data.max_prompt_tokens is {limit}: "
                 "raise the limit, or set data.overlong to filter"
             )
     return prompts, len(rows) - len(prompts)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int]]:
+    """Tokens of each text; some tokenizers end every text, and a prompt goes on."""
+    if not texts:
+        return []
+    found: list[list[int]] = tokenizer(texts, add_special_tokens=special)["input_ids"]
+    return [without_end(tokenizer, text, ids) for text, ids in zip(texts, found, strict=True)] if special else found
 
 
 def _check_readable(name: str, task: Task, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase) -> None:

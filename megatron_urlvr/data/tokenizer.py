@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from .errors import DataError
 
 PAD = "<pad>"
+NO_CHAT_TEMPLATE = "template: chat needs a tokenizer with a chat template, and this one has none: use template: plain"
 GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Names transformers 4 and 5 write for a tokenizer that is defined by tokenizer.json alone."""
 
@@ -91,3 +92,27 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{str(path)!r} holds a {type(value).__name__}; an object is expected")
     return value
+
+
+def bare_tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> tuple[int, ...]:
+    """Tokens of a prompt. `special`: with what the tokenizer begins a text with, without what it ends one with."""
+    ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    return tuple(without_end(tokenizer, text, ids) if special else ids)
+
+
+def without_end(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
+    """`ids` without the end that some tokenizers put after every text: a prompt goes on."""
+    ended = ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token))
+    return ids[:-1] if ended else ids
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, question: str, system: str | None = None) -> str:
+    """`question` as one user message under the tokenizer's chat template. DataError where it has none or refuses."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(NO_CHAT_TEMPLATE)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": question})
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template raises whatever its author chose
+        raise DataError(f"the tokenizer's chat template refuses the prompt: {error}") from error

@@ -1,8 +1,9 @@
 """Rewards that need no labels, and the controls they are compared with. `docs/rewards.md` lists them."""
 
-from . import certainty, controls, ensemble
-from .base import MissingSignalError, NonFiniteScoreError, NoOptions, Provider, Reward, RewardError
+from . import certainty, checking, controls, cross_vote, ensemble, judge, semantic
+from .base import MissingSignalError, NonFiniteScoreError, NoOptions, Reward, RewardError
 from .combine import Combined, RewardResult, Term, build_terms, missing_signals
+from .providers import Provider, ProviderContext, Respondent, get_provider, register_provider
 from .registry import RewardInfo, available, describe, get_reward, register
 from .voting import Vote, vote, vote_of
 
@@ -12,6 +13,8 @@ __all__ = [
     "NoOptions",
     "NonFiniteScoreError",
     "Provider",
+    "ProviderContext",
+    "Respondent",
     "Reward",
     "RewardError",
     "RewardInfo",
@@ -21,12 +24,18 @@ __all__ = [
     "available",
     "build_terms",
     "certainty",
+    "checking",
     "controls",
+    "cross_vote",
     "describe",
     "ensemble",
+    "get_provider",
     "get_reward",
+    "judge",
     "missing_signals",
     "register",
+    "register_provider",
+    "semantic",
     "vote",
     "vote_of",
 ]

@@ -1,4 +1,4 @@
-"""What a reward and a provider of signals are: the interfaces that third parties implement."""
+"""What a reward is: the interface that third parties implement."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ ANSWER = "answer"
 """Signal: `sample.answer` and `group.classes`, from the grader."""
 LABEL = "label"
 """Signal: `group.signals["correct"]`, 1 where the answer is right. Only supervised rewards may need it."""
+
+PERMUTED_LABEL = "permuted_label"
+"""Signal: 1 where the answer is right for another prompt's label. Only supervised rewards may need it."""
 
 
 class RewardError(RuntimeError):
@@ -44,8 +47,9 @@ class Reward(ABC, Generic[OptionsT]):
     """
 
     name: ClassVar[str]
-    needs: ClassVar[frozenset[str]]
-    """Signals that `score` reads: token statistics (`types.STATISTICS`), `answer`, `label`, or a provider's."""
+    needs: frozenset[str]
+    """Signals that `score` reads: token statistics (`types.STATISTICS`), `answer`, `label`, or a provider's. A class
+    attribute; an instance may need more, by its options."""
     supervised: ClassVar[bool] = False
     """True when it reads labels; the whole run is then marked supervised."""
     formula: ClassVar[str]
@@ -76,16 +80,6 @@ class Reward(ABC, Generic[OptionsT]):
         """What is worth a metric in the scoring of each group, by name: shares of the group, in 0..1. `scores` are what
         `score_groups` returned."""
         return [{} for _ in groups]
-
-
-class Provider(ABC):
-    """Computes signals that take work (a judge's verdicts, an executor's), concurrently, before scoring."""
-
-    provides: ClassVar[frozenset[str]]
-
-    @abstractmethod
-    async def fetch(self, groups: Sequence[Group]) -> None:
-        """Fill `group.signals[name]`, `[n]` float32, for every name in `provides` and every group."""
 
 
 def statistics(reward: Reward[Any], groups: Sequence[Group], name: str) -> tuple[torch.Tensor, list[int]]:

@@ -43,7 +43,7 @@ def _check(cls: Any, name: str) -> None:
         raise TypeError(f"reward {name!r} is {cls!r}, which is no subclass of megatron_urlvr.rewards.Reward")
     if absent := [a for a in ("name", "needs", "formula", "value_range", "source") if not hasattr(cls, a)]:
         raise TypeError(f"reward {name!r} ({cls.__qualname__}) lacks the class attributes {', '.join(absent)}")
-    if "label" in cls.needs and not cls.supervised:
+    if {"label", "permuted_label"} & cls.needs and not cls.supervised:
         raise TypeError(f"reward {name!r} needs labels and must say so with supervised = True")
     if taken := RESERVED & set(cls.Options.model_fields):
         raise TypeError(f"reward {name!r} has options called {sorted(taken)}, which are keys of every term")

@@ -44,3 +44,13 @@ def vote(classes: Sequence[int | None], indices: Sequence[int] | None = None) ->
 def vote_of(group: Group) -> Vote:
     """The vote of `group`, whatever order its samples stand in."""
     return vote(group.classes, [sample.index for sample in group.samples])
+
+
+def shares_of(classes: Sequence[int | None]) -> dict[int, float]:
+    """Share of the samples in each class, unparsable ones in the denominator; classes in order of their first
+    member."""
+    counts: dict[int, int] = {}
+    for cls in classes:
+        if cls is not None:
+            counts[cls] = counts.get(cls, 0) + 1
+    return {cls: count / len(classes) for cls, count in counts.items()}

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_runs import Command, rows
 
 from megatron_urlvr.config.loader import load_config
 from megatron_urlvr.data.labels import LabelStore
 from megatron_urlvr.policy.policy import Policy
 from megatron_urlvr.rewards import available, get_reward
+from megatron_urlvr.rollout.embedded import EmbeddedEngine
 from megatron_urlvr.train import main
 
 REQUIRED = {
@@ -22,6 +24,22 @@ REQUIRED = {
     "trajectory_entropy": {"aggregation": "sum"},
 }
 """Options without a default."""
+VOTES = {"name": "votes", "of": "paraphrase", "samples": 2, "max_new_tokens": 12}
+JUDGE = {
+    "name": "judge",
+    "template": "{question}{response}",
+    "verdict": "whole",
+    "yes": "1",
+    "no": "2",
+    "max_new_tokens": 4,
+}
+PROVIDERS = {
+    "gated_vote": {"name": "checker"},
+    "program": {"name": "checker", "checker": "steps"},
+    "co_rewarding": VOTES,
+    "self_verification": JUDGE,
+}
+"""Providers of what rewards need besides statistics, answers and labels."""
 ALIVE = {"audit/accuracy", "reward/proxy", "response/length", "vote/majority_ratio", "train/grad_norm", "train/loss"}
 
 
@@ -50,6 +68,11 @@ def reward(name: str) -> str:
     return f"reward.terms.main={json.dumps({'name': name, **REQUIRED.get(name, {})})}"
 
 
+def provider(options: dict[str, Any] | None) -> list[str]:
+    """The override that names a provider, if there is one."""
+    return [f"reward.providers.own={json.dumps(options)}"] if options else []
+
+
 @pytest.fixture
 def scored(monkeypatch) -> list[tuple[frozenset[str], str]]:
     """(statistics, weights) of every scoring pass."""
@@ -66,11 +89,66 @@ def scored(monkeypatch) -> list[tuple[frozenset[str], str]]:
 
 @pytest.mark.parametrize("name", available())
 def test_every_reward_trains_with_the_scoring_passes_it_needs(train, scored, name):
-    taken = train(reward(name))
+    taken = train(reward(name), *provider(PROVIDERS.get(name)))
     needed = get_reward(name).needs & {"logp", "entropy", "self_certainty", "top2_gap", "lse"}
     assert scored == ([(needed, "policy")] * 2 if needed else [])
     for row in taken:
         assert row["term/main"] == pytest.approx(row["reward/proxy"])
+
+
+@pytest.mark.parametrize("weights", ["policy", "reference", "ema"])
+def test_judge_and_teacher_hold_the_weights_they_are_said_to(train, monkeypatch, weights):
+    """What is handed to the engine that is asked are the policy's tensors, the first ones, or their average."""
+    handed = []
+    original = EmbeddedEngine.update
+
+    def update(self, bucket):
+        tensors = {name: tensor.clone() for name, tensor in bucket}
+        handed.append((id(self), tensors))
+        original(self, tensors.items())
+
+    asked = []
+    generate = EmbeddedEngine.generate
+
+    def watched(self, prompts, sampling):
+        if prompts and prompts[0].id.endswith("#judge0"):
+            asked.append(id(self))
+        return generate(self, prompts, sampling)
+
+    monkeypatch.setattr(EmbeddedEngine, "update", update)
+    monkeypatch.setattr(EmbeddedEngine, "generate", watched)
+    ema = ["optim.ema_decay=0.5"] if weights == "ema" else []
+    train(reward("random"), "optim.lr=0.01", *ema)
+    plain = [tensors for _, tensors in handed]
+    handed.clear()
+    terms = f"reward.terms.judged={json.dumps({'name': 'self_verification', 'weight': 0})}"
+    train(reward("random"), terms, "optim.lr=0.01", *ema, *provider({**JUDGE, "weights": weights}))
+    assert len(set(asked)) == 1
+    given = [tensors for engine, tensors in handed if engine == asked[0]]
+    start, after_one = plain[0], plain[1]
+    name = max(start, key=lambda key: (start[key] - after_one[key]).abs().max())
+    if weights == "policy":
+        assert [bool(torch.equal(g[name], p[name])) for g, p in zip(given, plain, strict=True)] == [True] * 3
+    elif weights == "reference":
+        assert len(given) == 1
+        assert torch.equal(given[0][name], start[name])
+    else:
+        assert len(given) == 2
+        assert torch.equal(given[0][name], start[name])
+        torch.testing.assert_close(given[1][name], (start[name] + after_one[name]) / 2)
+
+
+@pytest.mark.parametrize("judge", ["policy", "reference", "ema"])
+def test_certainty_is_that_of_the_weights_that_judge(train, scored, judge):
+    ema = ["optim.ema_decay=0.5"] if judge == "ema" else []
+    taken = train(reward("trajectory_entropy"), f"reward.judge={judge}", "optim.lr=0.01", *ema)
+    assert scored == [(frozenset({"logp"}), judge)] * 2
+    sampled = [-row["policy/sampled_entropy"] * row["response/length"] for row in taken]
+    assert taken[0]["reward/proxy"] == pytest.approx(sampled[0], rel=1e-4)
+    if judge == "policy":
+        assert taken[1]["reward/proxy"] == pytest.approx(sampled[1], rel=1e-4)
+    else:
+        assert taken[1]["reward/proxy"] != pytest.approx(sampled[1], rel=1e-3)
 
 
 def test_terms_mix_by_their_weights(train):

@@ -2,6 +2,8 @@
 
 import re
 
+Place = tuple[int, int]
+"""Where an answer begins and ends in a text, in characters."""
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 
 
@@ -11,12 +13,17 @@ def last_boxed(text: str) -> str | None:
     Braces nest; escaped ones (`\{`) do not count. In `\boxed{\boxed{5}}` the inner one is the last. Without braces the
     box holds what follows up to the next space or `$`.
     """
+    return _at(text, boxed_place(text))
+
+
+def boxed_place(text: str) -> Place | None:
+    """Where the content of the last box stands; see `last_boxed`."""
     starts = list(_BOX.finditer(text))
     if not starts:
         return None
     begin = starts[-1].end()
     if not text.startswith("{", begin):
-        return re.split(r"[\s$]", text[begin:], maxsplit=1)[0].strip()
+        return _trimmed(text, begin, begin + len(re.split(r"[\s$]", text[begin:], maxsplit=1)[0]))
     depth = 0
     escaped = False
     for index in range(begin, len(text)):
@@ -28,7 +35,7 @@ def last_boxed(text: str) -> str | None:
         elif character == "}":
             depth -= 1
             if depth == 0:
-                return text[begin + 1 : index].strip()
+                return _trimmed(text, begin + 1, index)
     return None
 
 
@@ -38,13 +45,18 @@ def last_hash(text: str, *, finished: bool) -> str | None:
     Nothing marks where such an answer ends but the end of the line or of the response, so in a response that was cut
     off (`finished` false) it counts only if a line end follows.
     """
-    _, mark, tail = text.rpartition("#")
-    if not mark:
+    return _at(text, hash_place(text, finished=finished))
+
+
+def hash_place(text: str, *, finished: bool) -> Place | None:
+    """Where what follows the last `#` stands; see `last_hash`."""
+    mark = text.rfind("#")
+    if mark < 0:
         return None
-    line, newline, _ = tail.partition("\n")
-    if not newline and not finished:
+    end = text.find("\n", mark)
+    if end < 0 and not finished:
         return None
-    return line.strip()
+    return _trimmed(text, mark + 1, len(text) if end < 0 else end)
 
 
 def last_match(text: str, pattern: re.Pattern[str], *, finished: bool) -> str | None:
@@ -52,8 +64,24 @@ def last_match(text: str, pattern: re.Pattern[str], *, finished: bool) -> str | 
 
     In a response that was cut off, a match that reaches the end of the text does not count: it may be half an answer.
     """
-    found = None
+    return _at(text, match_place(text, pattern, finished=finished))
+
+
+def match_place(text: str, pattern: re.Pattern[str], *, finished: bool) -> Place | None:
+    """Where the group of the last match stands; see `last_match`."""
+    found: Place | None = None
     for match in pattern.finditer(text):
         if finished or match.end() < len(text):
-            found = match.group(1)
-    return None if found is None else found.strip()
+            found = None if match.group(1) is None else match.span(1)
+    return None if found is None else _trimmed(text, *found)
+
+
+def _trimmed(text: str, start: int, end: int) -> Place:
+    """`start` and `end` without the spaces inside them."""
+    piece = text[start:end]
+    start += len(piece) - len(piece.lstrip())
+    return start, start + len(piece.strip())
+
+
+def _at(text: str, place: Place | None) -> str | None:
+    return None if place is None else text[place[0] : place[1]]

@@ -4,6 +4,9 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 
+from ..errors import DataError
+from .extract import Place
+
 
 class Grader(ABC):
     """Reads answers and compares them. The base compares normalised strings; subclasses say how an answer is found.
@@ -19,6 +22,16 @@ class Grader(ABC):
     @abstractmethod
     def extract(self, text: str, *, finished: bool = True) -> str | None:
         """The normalised answer in `text`, None if there is none. `finished`: the model ended the response itself."""
+
+    def locate(self, text: str, *, finished: bool = True) -> Place | None:
+        """Where in `text` the answer stands that `extract` reads; None exactly where that finds none.
+
+        For rewards of a span. DataError from graders that cannot tell.
+        """
+        raise DataError(
+            f"{type(self).__name__} cannot say where in a response the answer stands: give it a method `locate`, or "
+            "choose a reward that looks at whole responses"
+        )
 
     def normalise(self, answer: str) -> str:
         """The form in which answers are compared. Idempotent."""

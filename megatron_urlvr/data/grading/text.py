@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ...config.data import GradingSection
-from .extract import last_boxed, last_hash, last_match
+from .extract import Place, boxed_place, hash_place, match_place
 from .grader import Grader
 from .normalise import as_fraction, is_words, normalise
 from .pool import MathPool
@@ -36,8 +36,12 @@ class TextGrader(Grader):
 
     def extract(self, text: str, *, finished: bool = True) -> str | None:
         """The last answer found, normalised; None where there is none or it is empty."""
-        found = self._find(text, finished)
-        return (normalise(found) or None) if found is not None else None
+        place = self._find(text, finished)
+        return (normalise(text[place[0] : place[1]]) or None) if place is not None else None
+
+    def locate(self, text: str, *, finished: bool = True) -> Place | None:
+        """Where the last answer stands; None where `extract` finds none."""
+        return self._find(text, finished) if self.extract(text, finished=finished) is not None else None
 
     def normalise(self, answer: str) -> str:
         """See `normalise.py`."""
@@ -101,11 +105,11 @@ def _plainly(a: str, b: str) -> bool | None:
     return False if left.denominator == right.denominator == 1 else None
 
 
-def _finder(section: GradingSection) -> Callable[[str, bool], str | None]:
-    """How `section` finds an answer: (text, finished) -> raw answer or None."""
+def _finder(section: GradingSection) -> Callable[[str, bool], Place | None]:
+    """How `section` finds an answer: (text, finished) -> where it stands, or None."""
     if section.extract == "boxed":
-        return lambda text, finished: last_boxed(text)
+        return lambda text, finished: boxed_place(text)
     if section.extract == "hash":
-        return lambda text, finished: last_hash(text, finished=finished)
+        return lambda text, finished: hash_place(text, finished=finished)
     pattern = re.compile(str(section.pattern))  # the section has checked it
-    return lambda text, finished: last_match(text, pattern, finished=finished)
+    return lambda text, finished: match_place(text, pattern, finished=finished)

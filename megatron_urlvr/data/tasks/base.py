@@ -3,7 +3,7 @@
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -39,6 +39,10 @@ def split_of(text: str) -> Split:
 def hash64(purpose: str, text: str) -> int:
     """A 64-bit hash of `text`, the same on every machine, independent between purposes."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=purpose.encode()).digest(), "big")
+
+
+Checker = Callable[[Prompt, str], "bool | None"]
+"""Whether a response holds, from prompt and response alone; None where it has no answer."""
 
 
 class Task(ABC):
@@ -80,6 +84,15 @@ class Task(ABC):
     @abstractmethod
     def check(self, prompt: Prompt | TaskPrompt, response: str) -> bool | None:
         """Whether the answer of `response` is right, computed from the prompt alone; None where it has no answer."""
+
+    def checkers(self) -> Mapping[str, Checker]:
+        """What the provider `checker` may use, by name: `answer`, the exact checker, and what a task has of partial
+        ones."""
+        return {"answer": self.check}
+
+    def paraphrase(self, prompt: TaskPrompt) -> str | None:
+        """The same question in other words, with the same answer; None where the task knows none."""
+        return None
 
     def prompts(self, size: int, *, seed: int, split: Split, skip: int = 0) -> list[TaskPrompt]:
         """`size` distinct prompts of `split`, after the first `skip` of the sequence that `seed` decides.

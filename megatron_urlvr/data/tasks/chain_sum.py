@@ -8,7 +8,7 @@ of them degenerate.
 
 import random
 from bisect import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerFast
 
 from ...config.base import Section, rule
 from ...types import Prompt
-from ..grading.extract import last_hash
+from ..grading.extract import Place, hash_place, last_hash
 from ..grading.grader import Grader
 from ..tokenizer import character_tokenizer
-from .base import Task, TaskPrompt, hash64
+from .base import Checker, Task, TaskPrompt, hash64
 from .order import seeded_order
 
 ALPHABET = "0123456789+-=,#cqm?$"
@@ -187,6 +187,19 @@ class ChainSum(Task):
         agrees = complete and set(chain[count:]) <= {written[-1]} and answer == self._answer(written)
         return ChainCheck(steps=steps, answer=agrees)
 
+    def checkers(self) -> Mapping[str, Checker]:
+        """Beside `answer`, `steps`: every written step is right, and the answer is the last of them. No label needed,
+        and nearly as informative as one."""
+        return {"answer": self.check, "steps": self._all_steps}
+
+    def _all_steps(self, prompt: Prompt | TaskPrompt, response: str) -> bool | None:
+        found = self.check_steps(prompt, response)
+        return None if found is None else all(found.steps) and found.answer
+
+    def paraphrase(self, prompt: TaskPrompt) -> str | None:
+        """The digits the other way round, where the answer is the last sum alone: a sum knows no order."""
+        return f"{digits_of(prompt)[::-1]}=" if self.settings.answer_width == 1 else None
+
 
 class ChainSumGrader(Grader):
     """Answers of exactly `width` digits, or a give-up, compared as they stand."""
@@ -203,6 +216,12 @@ class ChainSumGrader(Grader):
         if found == GIVE_UP or (len(found) == self._width and found.isascii() and found.isdigit()):
             return found
         return None
+
+    def locate(self, text: str, *, finished: bool = True) -> Place | None:
+        """Where the answer stands; None where `extract` finds none."""
+        if self.extract(text, finished=finished) is None:
+            return None
+        return hash_place(text.removesuffix(END), finished=finished)
 
     def normalise(self, answer: str) -> str:
         """Unchanged: a leading zero is a digit here."""

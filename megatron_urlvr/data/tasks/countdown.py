@@ -7,7 +7,7 @@ once, as in TinyZero (github.com/Jiayi-Pan/TinyZero), whose task it is.
 
 import random
 from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import ClassVar, Literal, cast
 
@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from ...config.base import Section, rule
 from ...types import Prompt
-from ..grading.extract import last_hash
+from ..grading.extract import Place, hash_place, last_hash
 from ..grading.grader import Grader
 from ..tokenizer import character_tokenizer
 from .arithmetic import parse, random_expression
-from .base import Task, TaskPrompt
+from .base import Checker, Task, TaskPrompt
 
 ALPHABET = "0123456789+-*/()=,:;#?$"
 END = "$"
@@ -151,6 +151,32 @@ class Countdown(Task):
         answer = CountdownGrader().extract(response)
         return None if answer is None else solves(answer, *problem_of(prompt))
 
+    def checkers(self) -> Mapping[str, Checker]:
+        """Beside `answer`, its two halves: `numbers`, each given number is used exactly once; `value`, the expression
+        equals the target. A policy that is paid for one half alone learns to answer without the other."""
+        return {"answer": self.check, "numbers": self.check_numbers, "value": self.check_value}
+
+    def check_numbers(self, prompt: Prompt | TaskPrompt, response: str) -> bool | None:
+        """Whether the answer uses each number exactly once, whatever it equals; None where there is no answer."""
+        answer = CountdownGrader().extract(response)
+        if answer is None:
+            return None
+        expression = parse(answer)
+        return expression is not None and expression.numbers == tuple(sorted(problem_of(prompt)[0]))
+
+    def check_value(self, prompt: Prompt | TaskPrompt, response: str) -> bool | None:
+        """Whether the answer equals the target, whatever numbers it uses; None where there is no answer."""
+        answer = CountdownGrader().extract(response)
+        if answer is None:
+            return None
+        expression = parse(answer)
+        return expression is not None and expression.value == problem_of(prompt)[1]
+
+    def paraphrase(self, prompt: TaskPrompt) -> str:
+        """The numbers the other way round."""
+        numbers, target = problem_of(prompt)
+        return f"{','.join(map(str, reversed(numbers)))}={target}:"
+
 
 class CountdownGrader(Grader):
     """Answers are expressions; the same one in another order or with other parentheses is the same answer."""
@@ -162,6 +188,12 @@ class CountdownGrader(Grader):
             return found
         expression = parse(found)
         return None if expression is None else expression.canonical
+
+    def locate(self, text: str, *, finished: bool = True) -> Place | None:
+        """Where the expression stands; None where `extract` finds none."""
+        if self.extract(text, finished=finished) is None:
+            return None
+        return hash_place(text.removesuffix(END), finished=finished)
 
     def normalise(self, answer: str) -> str:
         """The canonical form of an expression; any other text as it stands."""

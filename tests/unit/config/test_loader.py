@@ -28,7 +28,7 @@ def test_every_config_of_the_project_loads_and_survives_a_round_trip(path, tmp_p
 def test_the_quickstart_is_the_run_of_the_design():
     config = load_config(CONFIGS / "quickstart.yaml")
     assert config.reward.terms["main"].name == "trajectory_entropy"
-    assert config.reward.terms["main"].options == {"aggregation": "sum"}
+    assert config.reward.terms["main"].options == {"aggregation": "sum", "span": "all", "empty": None}
     assert (config.rollout.prompts, config.rollout.n_votes, config.optim.lr) == (16, 16, 2.5e-4)
     assert (config.run.steps, config.eval.every, config.eval.sets["held_out"].samples) == (100, 5, 4)
 
@@ -102,12 +102,16 @@ def test_another_reward_in_a_child_starts_from_its_own_defaults_too(write):
 def test_options_given_with_the_new_name_are_kept_in_whatever_order(write, order):
     overrides = ["reward.terms.main.name=token_entropy", "reward.terms.main.aggregation=mean"][::order]
     term = load_config(write(), overrides).reward.terms["main"]
-    assert (term.name, term.options, term.weight) == ("token_entropy", {"aggregation": "mean"}, 0.5)
+    assert (term.name, term.options, term.weight) == (
+        "token_entropy",
+        {"aggregation": "mean", "span": "all", "empty": None},
+        0.5,
+    )
 
 
 def test_naming_the_same_reward_again_keeps_its_options(write):
     term = load_config(write(), ["reward.terms.main.name=trajectory_entropy"]).reward.terms["main"]
-    assert (term.normalize, term.options) == (True, {"aggregation": "sum"})
+    assert (term.normalize, term.options) == (True, {"aggregation": "sum", "span": "all", "empty": None})
 
 
 def test_null_deletes_a_term(write):

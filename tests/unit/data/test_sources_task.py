@@ -28,7 +28,9 @@ def test_labels_go_to_the_store_and_nowhere_else():
     for prompt in loaded.prompts:
         digits = prompt.text[:-1]
         assert labels.get(prompt.id, use="audit") == str(sum(map(int, digits)) % 10)
-        assert prompt.fields == {"digits": digits}
+        backwards = f"{digits[::-1]}="
+        tokens = get_task("chain_sum").tokenizer()(backwards)["input_ids"]
+        assert prompt.fields == {"digits": digits, "paraphrase": backwards, "paraphrase_tokens": tokens}
         assert len(prompt.tokens) == 7
 
 

@@ -1,11 +1,13 @@
 """Ground truth and the controls."""
 
 import math
+import random
 
 import pytest
 import torch
 
 from megatron_urlvr.rewards import MissingSignalError, get_reward
+from megatron_urlvr.signals import permuted
 
 
 def make(name, seed=0, **options):
@@ -86,3 +88,62 @@ def test_incorrect_pays_the_most_frequent_wrong_answer(make_group):
 def test_incorrect_pays_nothing_where_all_are_right_or_unparsable(wrong, make_group):
     group = make_group(classes=[0, 0, None], correct=[1, 1, 0])
     assert make("incorrect", wrong=wrong).score(group).tolist() == [0, 0, 0]
+
+
+def test_flipped_truth_pays_as_many_right_and_wrong_ones_as_the_vote(make_group):
+    rng = random.Random(5)
+    moved = 0
+    for g in range(200):
+        n = rng.randint(2, 10)
+        answers = [rng.choice([None, 0, 1, 2]) for _ in range(n)]
+        classes = [None if a is None else answers.index(a) for a in answers]
+        right = [float(a == 0) for a in answers]
+        group = make_group(str(g), classes=classes, correct=right)
+        paid = get_reward("majority_vote")().score(group).tolist()
+        flipped = make("flipped_truth", seed=g).score(group).tolist()
+        for truth in (1.0, 0.0):
+            assert sum(p for p, r in zip(paid, right, strict=True) if r == truth) == sum(
+                f for f, r in zip(flipped, right, strict=True) if r == truth
+            )
+        moved += paid != flipped
+        assert make("flipped_truth", seed=g).score(group).tolist() == flipped
+    assert moved > 50
+
+
+def test_flipped_truth_by_rates_has_those_rates(make_group):
+    reward = make("flipped_truth", match="rates", recall=0.8, false_positive=0.1)
+    groups = [make_group(str(g), classes=[0] * 50, correct=[1.0] * 25 + [0.0] * 25) for g in range(80)]
+    scores = torch.stack([reward.score(group) for group in groups])
+    assert abs(scores[:, :25].mean().item() - 0.8) < 4 * math.sqrt(0.16 / 2000)
+    assert abs(scores[:, 25:].mean().item() - 0.1) < 4 * math.sqrt(0.09 / 2000)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"), [({"match": "rates"}, "needs recall"), ({"recall": 0.5}, "match: rates alone")]
+)
+def test_flipped_truth_wants_rates_where_it_reads_them(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make("flipped_truth", **options)
+
+
+def test_labels_change_hands_in_one_circle():
+    ids = [f"train/{i}" for i in range(100)]
+    other = permuted(ids, 3)
+    assert sorted(other) == sorted(other.values()) == sorted(ids)
+    assert all(own != given for own, given in other.items())
+    assert permuted(ids[::-1], 3) == other
+    assert permuted(ids, 4) != other
+    place, seen = ids[0], set()
+    while place not in seen:
+        seen.add(place)
+        place = other[place]
+    assert len(seen) == 100
+
+
+def test_permuted_truth_is_its_signal_and_says_that_it_is_supervised(make_group):
+    group = make_group("q", classes=[0, 1])
+    with pytest.raises(MissingSignalError, match=r"permuted_truth.*permuted_label.*'q'"):
+        make("permuted_truth").score(group)
+    group.signals["permuted_label"] = torch.tensor([0.0, 1.0])
+    assert make("permuted_truth").score(group).tolist() == [0, 1]
+    assert get_reward("permuted_truth").supervised

@@ -13,7 +13,9 @@ from megatron_urlvr.rewards import Reward, available, describe, get_reward, regi
 
 ALL = {
     "self_certainty", "token_entropy", "trajectory_entropy", "probability", "majority_vote",
-    "ground_truth", "random", "format", "length", "incorrect",
+    "ground_truth", "random", "format", "length", "incorrect", "anti_majority", "flipped_truth", "permuted_truth",
+    "rent", "probability_disparity", "srt_vote", "scrl_vote", "semantic_entropy", "gated_vote", "co_rewarding",
+    "program", "self_verification",
 }  # fmt: skip
 
 
@@ -40,8 +42,9 @@ def test_every_reward_says_what_it_is():
         assert entry.formula
         assert entry.value_range
         assert entry.source
-    assert {name for name in ALL if entries[name].supervised} == {"ground_truth", "incorrect"}
-    (aggregation,) = entries["trajectory_entropy"].options
+    supervised = {name for name in ALL if entries[name].supervised}
+    assert supervised == {"ground_truth", "incorrect", "flipped_truth", "permuted_truth"}
+    aggregation = entries["trajectory_entropy"].options[0]
     assert aggregation.name == "aggregation"
     assert aggregation.default is None
     assert "repetition" in aggregation.doc
@@ -52,7 +55,7 @@ def test_every_reward_says_what_it_is():
 def test_only_supervised_rewards_read_labels():
     for name in available():
         cls = get_reward(name)
-        assert cls.supervised == ("label" in cls.needs)
+        assert cls.supervised == bool({"label", "permuted_label"} & cls.needs)
 
 
 def test_an_unknown_name_says_what_there_is():

@@ -1,0 +1,147 @@
+"""What a provider of signals is: what takes work (a judge's verdicts, an executor's) is fetched before scoring.
+
+    reward.providers ─► get_provider(name)(options, context) ─► fetch(groups) fills group.signals ─► Reward.score
+
+Providers run on the leader of each replica, side by side, on its own groups; their signals are then handed to the other
+ranks of the replica.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast
+
+import torch
+
+from megatron_urlvr.config.base import Section
+from megatron_urlvr.registry import Registry
+from megatron_urlvr.types import Group, Prompt, Sampling
+
+from .base import NoOptions
+
+OptionsT = TypeVar("OptionsT", bound=Section)
+
+Weights = Literal["policy", "reference", "ema", "servers"]
+"""Who is asked: the policy as it is, its starting weights, their moving average, or servers with weights of their
+own."""
+
+
+class Respondent(Protocol):
+    """Somebody who answers prompts: a model with certain weights, and its tokenizer."""
+
+    context: int
+    """Longest prompt and response together, in tokens."""
+
+    def encode(self, text: str, *, chat: bool) -> tuple[int, ...]:
+        """Tokens of a prompt; `chat` puts it into one user message under the tokenizer's chat template."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """A group for each prompt, in order. RolloutFailed when nobody answers in time, Abandoned when asked to
+        stop."""
+
+
+class Answers(Protocol):
+    """What a provider may do with answers: the part of a grader that it is given."""
+
+    def extract(self, text: str, *, finished: bool = True) -> str | None: ...
+
+    def equivalent(self, a: str, b: str) -> bool: ...
+
+    def classes(self, answers: Sequence[str | None]) -> list[int | None]: ...
+
+
+Checker = Callable[[Prompt, str], "bool | None"]
+"""Whether a response holds, from prompt and text alone; None where it has no answer."""
+
+
+@dataclass(frozen=True)
+class ProviderContext:
+    """What a run lends its providers. Labels are not among it."""
+
+    seed: int
+    """The run's."""
+    respondent: Callable[[Weights, str], Respondent]
+    """The model with the given weights; the second argument names the pool of `servers`."""
+    answers_of: Callable[[Prompt], Answers]
+    """How answers to a prompt are read and compared."""
+    checkers_of: Callable[[Prompt], Mapping[str, Checker]]
+    """The checkers of the task that made the prompt, by name; none for files."""
+
+
+class Provider(ABC, Generic[OptionsT]):
+    """Computes signals, concurrently with other providers, before the rewards are scored.
+
+    Register a subclass with `register_provider`, or under the entry point group `megatron_urlvr.provider`; it is named
+    in `reward.providers`, with its options beside the name.
+    """
+
+    name: ClassVar[str]
+    provides: ClassVar[frozenset[str]]
+    """Signals that `fetch` fills."""
+    Options: ClassVar[type[Section]] = NoOptions
+
+    def __init__(self, options: OptionsT | None = None, context: ProviderContext | None = None) -> None:
+        self.options = options if options is not None else cast(OptionsT, type(self).Options())
+        self._context = context
+
+    @property
+    def context(self) -> ProviderContext:
+        """What the run lends. RuntimeError outside of a run."""
+        if self._context is None:
+            raise RuntimeError(f"provider {type(self).__name__} was made without a context and cannot ask anybody")
+        return self._context
+
+    @property
+    def asks(self) -> Weights | None:
+        """Whose responses it needs; None when it asks no model."""
+        return None
+
+    def problems(self, prompts: Sequence[Prompt]) -> Iterator[str]:
+        """What keeps it from working on these prompts, a sentence each; asked before step 0."""
+        return iter(())
+
+    @abstractmethod
+    async def fetch(self, groups: Sequence[Group]) -> None:
+        """Fill `group.signals[name]`, `[n]` float32 and never NaN, for every name in `provides` and every group."""
+
+    def close(self) -> None:
+        """Give back processes and connections."""
+
+
+ProviderClass = TypeVar("ProviderClass", bound=type[Provider[Any]])
+_providers: Registry[type[Provider[Any]]] = Registry("provider")
+
+
+def register_provider(cls: ProviderClass) -> ProviderClass:
+    """Class decorator: make `cls` available under `cls.name`."""
+    _providers.add(cls.name, cls)
+    return cls
+
+
+def get_provider(name: str) -> type[Provider[Any]]:
+    """The provider class called `name`. UnknownName if there is none."""
+    cls = _providers.get(name)
+    if not (isinstance(cls, type) and issubclass(cls, Provider)):
+        raise TypeError(f"provider {name!r} is {cls!r}, which is no subclass of megatron_urlvr.rewards.Provider")
+    return cls
+
+
+def available_providers() -> list[str]:
+    """Names of all providers, those of installed entry points included."""
+    return _providers.names()
+
+
+def seed_of(seed: int, purpose: str, groups: Sequence[Group]) -> int:
+    """Seed of what a provider samples for `groups`: another one for every version of the weights, the same on every
+    replica and after a resume."""
+    version = max((sample.version for group in groups for sample in group.samples), default=0)
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{version}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def fill(group: Group, name: str, values: Sequence[float]) -> None:
+    """Set a signal of `group`, one number for each sample."""
+    group.signals[name] = torch.tensor(list(values), dtype=torch.float32)

@@ -1,0 +1,250 @@
+"""Providers against models that answer as they are told: verdicts, other votes, checkers."""
+
+import asyncio
+
+import pytest
+import torch
+
+from megatron_urlvr.data.tasks import get_task
+from megatron_urlvr.data.tasks.countdown import CountdownGrader
+from megatron_urlvr.rewards import MissingSignalError, ProviderContext, get_provider, get_reward
+from megatron_urlvr.rewards.judge import TEMPLATE, JudgeOptions, judge_text, read_verdict
+from megatron_urlvr.types import Group, Prompt, Sample
+
+
+class Scripted:
+    """Answers every prompt with what `say` makes of its text; remembers what it was asked."""
+
+    def __init__(self, say, context=10_000):
+        self.say, self.context, self.asked = say, context, []
+
+    def encode(self, text, *, chat):
+        return tuple(map(ord, f"<user>{text}" if chat else text))
+
+    def generate(self, prompts, sampling):
+        self.asked.append((list(prompts), sampling))
+        groups = []
+        for prompt in prompts:
+            text = "".join(map(chr, prompt.tokens))
+            said = [self.say(text, k) for k in range(sampling.n)]
+            groups.append(Group(prompt, [Sample(prompt.id, k, [1], s, "stop") for k, s in enumerate(said)]))
+        return groups
+
+
+def provider(name, respondent=None, task=None, **options):
+    cls = get_provider(name)
+    context = ProviderContext(
+        seed=3,
+        respondent=lambda weights, pool: respondent,
+        answers_of=lambda prompt: CountdownGrader(),
+        checkers_of=lambda prompt: {} if task is None else task.checkers(),
+    )
+    return cls(cls.Options(**options), context)
+
+
+def fetch(provider, *groups):
+    asyncio.run(provider.fetch(groups))
+    return groups[0]
+
+
+def responses(texts, prompt="9,2=7:", version=0, **fields):
+    fields = {"numbers": (9, 2), "target": 7, **fields}
+    samples = [Sample("train/1", i, [1], text, "stop", version=version) for i, text in enumerate(texts)]
+    grader = CountdownGrader()
+    for sample in samples:
+        sample.answer = grader.extract(sample.text)
+    group = Group(Prompt("train/1", prompt, tuple(map(ord, prompt)), fields), samples)
+    group.classes = grader.classes(group.answers)
+    return group
+
+
+class TestVerdicts:
+    @pytest.mark.parametrize(
+        ("text", "verdict"),
+        [
+            (r"so \boxed{True}", "yes"),
+            (r"so \boxed{ false }", "no"),
+            (r"\boxed{False}, no wait: \boxed{True}", None),  # both
+            (r"\boxed{{True}}", None),  # braces that a formatter doubled are no verdict
+            ("True", None),
+            (r"\boxed{True", None),
+            (r"\boxed{True} \boxed{True}", "yes"),
+            (r"\boxed{Maybe}", None),
+            ("", None),
+        ],
+    )
+    def test_only_one_clear_box_is_a_verdict(self, text, verdict):
+        assert read_verdict(text, JudgeOptions(max_new_tokens=1)) == verdict
+
+    @pytest.mark.parametrize(("text", "verdict"), [(" = ", "yes"), ("?", "no"), ("=?", None), ("", None)])
+    def test_a_whole_answer_can_be_the_verdict(self, text, verdict):
+        options = JudgeOptions(max_new_tokens=1, verdict="whole", yes="=", no="?")
+        assert read_verdict(text, options) == verdict
+
+    def test_braces_reach_the_judge_as_they_are(self):
+        sample = Sample("p", 0, [1], r"\boxed{\frac{1}{2}} {question} {x}", "stop")
+        text = judge_text(TEMPLATE, Prompt("p", "solve {response}", (1,)), sample)
+        assert "Question: solve {response}\n" in text
+        assert "Solution: \\boxed{\\frac{1}{2}} {question} {x}\n" in text
+        assert text.count(r"\boxed{True}") == text.count(r"\boxed{False}") == 1
+        assert "{{" not in text
+        assert judge_text("{response}|{question}", Prompt("p", "q", (1,)), sample) == f"{sample.text}|q"
+
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            ({"template": "judge {question}"}, "placeholder {response}"),
+            ({"yes": "a", "no": "A "}, "two different words"),
+        ],
+    )
+    def test_a_judge_that_could_not_judge_is_refused(self, options, sentence):
+        with pytest.raises(ValueError, match=sentence):
+            JudgeOptions(max_new_tokens=1, **options)
+
+
+class TestJudge:
+    def test_the_reward_is_the_share_of_yes_and_no_verdict_counts_as_no(self):
+        def say(text, k):
+            if "9-2" in text:
+                return r"\boxed{True}"
+            return (r"\boxed{False}", "well", r"\boxed{True}", r"\boxed{True}\boxed{False}")[k]
+
+        judge = Scripted(say)
+        group = fetch(provider("judge", judge, max_new_tokens=8, samples=4), responses(["#9-2", "#9+2"]))
+        reward = get_reward("self_verification")()
+        scores = reward.score(group)
+        assert scores.tolist() == [1.0, 0.25]
+        assert reward.counts([group], [scores]) == [{"unparsable": 0.25, "unanimous": 0.0}]
+        ((prompts, sampling),) = judge.asked
+        assert (sampling.n, sampling.temperature, sampling.max_new_tokens) == (4, 0.5, 8)
+        assert len({prompt.id for prompt in prompts}) == 2
+
+    def test_what_is_too_long_for_the_judge_has_no_verdict(self):
+        judge = Scripted(lambda text, k: r"\boxed{True}", context=len(TEMPLATE) + 20)
+        group = fetch(provider("judge", judge, max_new_tokens=8), responses(["#9-2", "x" * 100]))
+        assert group.signals["judge"].tolist() == [1, 0]
+        assert group.signals["judge_unparsable"].tolist() == [0, 1]
+        assert [len(prompts) for prompts, _ in judge.asked] == [1]
+
+    def test_a_chat_model_is_asked_as_one(self):
+        judge = Scripted(lambda text, k: "")
+        fetch(provider("judge", judge, max_new_tokens=8, chat=True), responses(["#9-2"]))
+        assert "".join(map(chr, judge.asked[0][0][0].tokens)).startswith("<user>")
+
+    def test_draws_change_with_the_weights_and_with_nothing_else(self):
+        judge = Scripted(lambda text, k: "")
+        for version in (0, 1, 1):
+            fetch(provider("judge", judge, max_new_tokens=8), responses(["#9-2"], version=version))
+        seeds = [sampling.seed for _, sampling in judge.asked]
+        assert seeds[0] != seeds[1] == seeds[2]
+
+    def test_without_verdicts_there_is_no_reward(self):
+        with pytest.raises(MissingSignalError, match=r"self_verification.*'judge'"):
+            get_reward("self_verification")().score(responses(["#9-2"]))
+
+
+class TestVotes:
+    """`9,2` and its paraphrase `2,9`: the voters answer the prompt one way and the paraphrase another."""
+
+    @staticmethod
+    def say(text, k):
+        return ("#9-2", "#9-2", "#2*9", "none")[k] if text.startswith("9") else ("#9+2", "#2+9", "#9-2", "#?")[k]
+
+    def votes(self, voters, **options):
+        return provider("votes", voters, samples=4, max_new_tokens=8, **options)
+
+    def group(self, **kwargs):
+        return responses(["#9-2", "#2+9", "no", "#9+2"], paraphrase_tokens=list(map(ord, "2,9=7:")), **kwargs)
+
+    def test_the_paraphrases_majority_labels_the_prompt(self):
+        group = fetch(self.votes(Scripted(self.say), of="paraphrase"), self.group())
+        reward = get_reward("co_rewarding")()
+        scores = reward.score(group)
+        assert scores.tolist() == [0, 1, 0, 1]
+        assert reward.counts([group], [scores]) == [{"no_winner": 0.0}]
+
+    def test_a_teachers_majority_labels_the_prompt(self):
+        group = fetch(self.votes(Scripted(self.say), of="prompt", weights="ema"), self.group())
+        assert get_reward("co_rewarding")().score(group).tolist() == [1, 0, 0, 0]
+
+    def test_voters_without_an_answer_pay_nobody(self):
+        group = fetch(self.votes(Scripted(lambda text, k: "none"), of="paraphrase"), self.group())
+        reward = get_reward("co_rewarding")()
+        scores = reward.score(group)
+        assert scores.tolist() == [0, 0, 0, 0]
+        assert reward.counts([group], [scores]) == [{"no_winner": 1.0}]
+
+    def test_offline_votes_are_taken_once(self):
+        voters = Scripted(self.say)
+        votes = self.votes(voters, of="prompt", weights="reference", offline=True)
+        first, second = self.group(), self.group(version=5)
+        fetch(votes, first)
+        fetch(votes, second)
+        assert len(voters.asked) == 1
+        assert torch.equal(first.signals["cross_vote"], second.signals["cross_vote"])
+        online = self.votes(voters, of="prompt", weights="reference")
+        fetch(online, first)
+        fetch(online, second)
+        assert len(voters.asked) == 3
+
+    def test_missing_paraphrases_are_counted_before_the_first_step(self):
+        votes = self.votes(Scripted(self.say), of="paraphrase")
+        assert list(votes.problems([self.group().prompt])) == []
+        (problem,) = votes.problems([self.group().prompt, responses([]).prompt])
+        assert "1 of 2 prompts have no paraphrase ('train/1' first)" in problem
+        assert list(self.votes(Scripted(self.say), of="prompt", weights="ema").problems([responses([]).prompt])) == []
+
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            ({"of": "prompt"}, "majority_vote with other draws"),
+            ({"of": "paraphrase", "offline": True}, "offline needs weights that stay the same"),
+        ],
+    )
+    def test_votes_that_would_be_something_else_are_refused(self, options, sentence):
+        with pytest.raises(ValueError, match=sentence):
+            self.votes(Scripted(self.say), **options)
+
+
+class TestTaskCheckers:
+    TEXTS = ("#9-2", "#2-9", "#8-1", "#9+", "#?", "no", "#2+5")
+
+    @pytest.mark.parametrize(
+        ("checker", "expected"),
+        [
+            ("answer", [1, 0, 0, 0, 0, 0, 0]),
+            ("numbers", [1, 1, 0, 0, 0, 0, 0]),
+            ("value", [1, 0, 1, 0, 0, 0, 1]),
+        ],
+    )
+    def test_countdown_is_checked_whole_or_by_halves(self, checker, expected):
+        group = fetch(provider("checker", task=get_task("countdown", {}), checker=checker), responses(self.TEXTS))
+        assert get_reward("program")().score(group).tolist() == expected
+
+    def test_the_whole_is_both_halves(self):
+        task = get_task("countdown", {})
+        checks = task.checkers()
+        for text in self.TEXTS:
+            prompt = responses([text]).prompt
+            both = checks["numbers"](prompt, text) and checks["value"](prompt, text)
+            assert checks["answer"](prompt, text) == both
+
+    def test_a_chains_steps_are_checked_without_its_label(self):
+        task = get_task("chain_sum", {"digits": 4})
+        # 1+2=3, 3+5=8, 8+2=0: a chain holds when every step follows from the one before and the answer ends it
+        group = responses(["c380#0", "c380#1", "c390#0", "c38#8", "#0"], digits="1252")
+        fetch(provider("checker", task=task, checker="steps"), group)
+        assert group.signals["check"].tolist() == [1, 0, 0, 0, 0]
+
+    def test_a_checker_that_is_not_there_is_a_sentence(self):
+        prompt = responses([]).prompt
+        (problem,) = provider("checker", task=get_task("countdown", {}), checker="steps").problems([prompt])
+        assert problem == "checker = 'steps' is none of answer, numbers, value, the checkers of this task"
+        (problem,) = provider("checker").problems([prompt])
+        assert "these are from a file" in problem
+
+
+def test_a_provider_outside_of_a_run_cannot_ask():
+    cls = get_provider("judge")
+    with pytest.raises(RuntimeError, match="without a context"):
+        _ = cls(cls.Options(max_new_tokens=1)).context
