@@ -74,8 +74,8 @@ def behaviour_logp(sample: Sample) -> torch.Tensor:
 
 
 def scored_by_trainer(config: Config) -> bool:
-    """Whether `Sample.stats` are the trainer's, at the temperature of the rollouts."""
-    here = config.reward.statistics == "trainer"
+    """Whether `Sample.stats` are the trained policy's, at the temperature of the rollouts."""
+    here = config.reward.statistics == "trainer" and config.reward.judge == "policy"
     return here and config.reward.temperature in ("rollout", config.rollout.temperature)
 
 
@@ -121,7 +121,7 @@ def compare(config: Config, parts: Parts, groups: Sequence[Group]) -> dict[str, 
 
 def _comparable(config: Config, parts: Parts) -> bool:
     """Whether the reward can be computed from what the engine gave as well as from what the trainer computed."""
-    wanted = parts.reward.needs & STATISTICS
+    wanted = parts.reward.needs & STATISTICS if config.reward.judge == "policy" else frozenset[str]()
     given = config.reward.statistics == "servers" or wanted == {"logp"}
     return bool(wanted) and given and config.reward.temperature in ("rollout", config.rollout.temperature)
 

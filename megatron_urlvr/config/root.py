@@ -111,7 +111,7 @@ class Config(Section):
             )
         return None
 
-    @rule("reward.statistics", "reward.temperature", "rollout.engine", "rollout.temperature")
+    @rule("reward.statistics", "reward.judge", "reward.temperature", "rollout.engine", "rollout.temperature")
     def _statistics_of_servers(self) -> str | None:
         if self.reward.statistics != "servers":
             return None
@@ -119,6 +119,11 @@ class Config(Section):
             return (
                 f"reward.statistics = 'servers' with rollout.engine = {self.rollout.engine!r}, which has no servers: "
                 "set reward.statistics=trainer, or rollout.engine=sglang"
+            )
+        if self.reward.judge != "policy":
+            return (
+                f"reward.statistics = 'servers' with reward.judge = {self.reward.judge!r}: servers measure with the "
+                "weights they sample with; set reward.statistics=trainer, or reward.judge=policy"
             )
         if self.reward.temperature not in ("rollout", self.rollout.temperature):
             return (

@@ -87,6 +87,7 @@ def _folder(tmp_path: Path) -> Path:
     ("overrides", "sentence"),
     [
         (["rollout.engine=embedded"], "reward.statistics = 'servers' with rollout.engine = 'embedded'"),
+        (["reward.judge=reference"], "servers measure with the weights they sample with"),
         (["reward.temperature=0.5"], "servers measure at the temperature they sample at, 1.0"),
     ],
 )
