@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint unit distributed clean sglang-cpu test-sglang
+.PHONY: demo test lint unit distributed clean sglang-cpu test-sglang test-slurm
 
 demo: $(STAMP)  ## the same reward on two beliefs, with a report
 	@$(VENV)/bin/urlvr study configs/demo.yaml
@@ -41,3 +41,8 @@ sglang-cpu:
 
 test-sglang: $(STAMP)  ## tests that need a real SGLang server, on this CPU
 	$(call timed,tests against SGLang,URLVR_SGLANG_PYTHON="$$($(PYTHON) servers/cpu_env.py)" $(VENV)/bin/pytest --timeout 600 tests/sglang)
+
+# A real cluster of four nodes on this machine (see docs/launch.md); whatever becomes of the tests, it is taken down.
+test-slurm: export URLVR_SLURM_ROOT ?= /tmp/urlvr-slurm-test
+test-slurm: $(STAMP)  ## launches with Slurm and NeMo-Run, on a cluster on this machine
+	$(call timed,tests on Slurm,($(VENV)/bin/pytest --timeout 900 tests/slurm; status=$$?; slurm/local_cluster.sh down; exit $$status))

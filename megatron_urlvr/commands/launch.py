@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import shlex
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from megatron_urlvr.exit_codes import ExitCode, UnusableInput
 
 if TYPE_CHECKING:
     from megatron_urlvr.config.root import Config
     from megatron_urlvr.launch.slurm import SlurmJob
+
+
+class Where(StrEnum):
+    """What NeMo-Run runs on."""
+
+    LOCAL = "local"
+    SLURM = "slurm"
+
 
 app = typer.Typer(help="Hand a run to a cluster.", no_args_is_help=True)
 
@@ -24,6 +35,8 @@ Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks on each node. With
 Gpus = Annotated[int, typer.Option(min=0, help="GPUs of each node; 0: the job asks for none.")]
 RolloutNodes = Annotated[int, typer.Option(min=0, help="Further nodes for rollout servers alone.")]
 Time = Annotated[str, typer.Option(help="Time limit: minutes, h:m:s or d-h:m:s.")]
+Signal = Annotated[int, typer.Option("--signal", min=1, help="Seconds before the time limit: save and be requeued.")]
+Image = Annotated[str, typer.Option(help="Container image (pyxis).")]
 Text = Annotated[str, typer.Option()]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted, and submit nothing.")]
 
@@ -37,15 +50,13 @@ def slurm(
     gpus_per_node: Gpus = 8,
     rollout_nodes: RolloutNodes = 0,
     time: Time = "24:00:00",
-    signal_s: Annotated[
-        int, typer.Option("--signal", min=1, help="Seconds before the time limit: save and be requeued.")
-    ] = 300,
+    signal_s: Signal = 300,
     partition: Text = "",
     rollout_partition: Annotated[str, typer.Option(help="Without it: --partition.")] = "",
     account: Text = "",
     qos: Text = "",
     seeds: Annotated[str, typer.Option(help="An array, one run a seed: 0-4, or 0-9%3 for three at once.")] = "",
-    image: Annotated[str, typer.Option(help="Container image (pyxis).")] = "",
+    image: Image = "",
     mounts: Annotated[str, typer.Option(help="Its mounts. Without it: the current folder.")] = "",
     setup: Annotated[
         list[str] | None, typer.Option(help="A line of shell at the start of the job; may be repeated.")
@@ -89,6 +100,47 @@ def slurm(
         path = write(each)
         before = submit(path, after=before, each=bool(seeds))
         typer.echo(f"{before}  {path}")
+
+
+@app.command()
+def nemo(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    executor: Annotated[Where, typer.Option(help="This machine, or a Slurm cluster.")] = Where.LOCAL,
+    nodes: Nodes = 1,
+    ranks_per_node: Ranks = None,
+    gpus_per_node: Gpus = 8,
+    rollout_nodes: RolloutNodes = 0,
+    time: Time = "24:00:00",
+    signal_s: Signal = 300,
+    partition: Text = "",
+    account: Text = "",
+    image: Image = "",
+    restarts: Annotated[
+        int, typer.Option(min=0, help="How often Slurm starts a run again that did not end well.")
+    ] = 10,
+    detach: Annotated[bool, typer.Option("--detach", help="Return when the job is submitted.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Launch a run with NeMo-Run, and wait for it. The config is read by the job, not here."""
+    from megatron_urlvr.launch import nemo
+
+    recipe = nemo.Recipe(str(config), list(overrides or []))
+    if executor is Where.LOCAL:
+        if rollout_nodes or nodes > 1:
+            raise UnusableInput("--nodes and --rollout-nodes need --executor slurm: this machine is one node.")
+        made = nemo.experiment(recipe, nemo.build(nemo.local(ranks_per_node or 1)))
+    else:
+        own: dict[str, Any] = {"account": account, "partition": partition or None, "time": time, "signal_s": signal_s}
+        own |= {"gpus_per_node": gpus_per_node, "image": image or None, "restarts": restarts}
+        ranks = ranks_per_node or gpus_per_node or 1
+        trainer = nemo.build(nemo.slurm(nodes=nodes, ranks_per_node=ranks, **own))
+        servers = nemo.build(nemo.slurm(nodes=rollout_nodes, ranks_per_node=1, **own)) if rollout_nodes else None
+        made = nemo.experiment(recipe, trainer, servers)
+    states = nemo.launch(made, detach=detach, dry_run=dry_run)
+    typer.echo(" ".join(states))
+    if not detach and not dry_run and set(states) != {"SUCCEEDED"}:
+        raise typer.Exit(int(ExitCode.FAILED))
 
 
 def _own_servers(config: Config) -> bool:

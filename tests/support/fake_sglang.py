@@ -128,6 +128,7 @@ class FakeServer:
         vocab_size: int = 21,
         faults: Iterator[str | None] | None = None,
         key: str | None = None,
+        host: str = "127.0.0.1",
         port: int = 0,
         statistics: tuple[str, ...] = (),
     ) -> None:
@@ -150,9 +151,9 @@ class FakeServer:
         self._going = asyncio.Event()
         self._going.set()
         self.url = ""
-        _loop().run(self._start(port))
+        _loop().run(self._start(host, port))
 
-    async def _start(self, port: int) -> None:
+    async def _start(self, host: str, port: int) -> None:
         application = web.Application(middlewares=[self._guard])
         posts: dict[str, Callable[[web.Request], Any]] = {
             "/generate": self._generate,
@@ -176,7 +177,7 @@ class FakeServer:
         )
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.01, handler_cancellation=True)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", port)
+        site = web.TCPSite(self._runner, host, port)
         await site.start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
 

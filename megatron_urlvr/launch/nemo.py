@@ -1,0 +1,150 @@
+"""NeMo-Run: configs as recipes, executors, and the experiment that trains one. Imported only when it is asked for.
+
+A recipe names a config; what runs is `urlvr` itself, in the trainer's environment, which needs no NeMo-Run. On Slurm
+its ranks are srun's, so no port is agreed on; on one machine torchrun starts them.
+"""
+
+# No `from __future__ import annotations` here: NeMo-Run evaluates annotations where it does not know our names.
+import os
+import secrets
+import shlex
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..exit_codes import UnusableInput
+
+try:
+    import fiddle as fdl
+    import nemo_run as run
+except ImportError as error:
+    raise UnusableInput(
+        f"NeMo-Run cannot be imported ({error}): pip install 'megatron-urlvr[nemo]' in the environment that launches."
+    ) from error
+
+SERVER_HOSTS = "URLVR_SERVER_HOSTS"
+"""Environment variable in which the trainer of a heterogeneous job finds the hosts of its servers."""
+KEY = "URLVR_API_KEY"
+GROUP_WAIT_S = 5
+"""How often NeMo-Run's script looks after the two groups, and how long it waits for the other when one ends."""
+
+
+@dataclass
+class Recipe:
+    """What to train."""
+
+    config: str
+    """YAML file, as seen from the folder of launch, which every node must see."""
+    overrides: list[str] = field(default_factory=list)
+    """Settings laid over it: `key=value`."""
+
+
+@run.cli.factory
+@run.autoconvert
+def quickstart() -> Recipe:
+    """The small policy that learns from its own certainty, on CPUs."""
+    return Recipe("configs/quickstart.yaml")
+
+
+@run.cli.factory
+@run.autoconvert
+def quickstart_sglang() -> Recipe:
+    """The same with rollouts from SGLang servers: give it a rollout executor."""
+    return Recipe("configs/quickstart_sglang.yaml")
+
+
+@run.cli.factory
+def local(ranks: int = 1) -> run.Config[run.Executor]:
+    """`ranks` processes on this machine."""
+    return run.Config(run.LocalExecutor, ntasks_per_node=ranks, launcher="torchrun" if ranks > 1 else None)
+
+
+@run.cli.factory
+def slurm(
+    account: str = "",
+    partition: str | None = None,
+    nodes: int = 1,
+    ranks_per_node: int = 8,
+    gpus_per_node: int = 8,
+    time: str = "24:00:00",
+    signal_s: int = 300,
+    image: str | None = None,
+    restarts: int = 10,
+) -> run.Config[run.Executor]:
+    """`nodes` x `ranks_per_node` ranks of srun. A run that is warned `signal_s` seconds before its time limit saves and
+    is requeued, as it is after any failure, `restarts` times at most."""
+    here = os.getcwd()
+    return run.Config(
+        run.SlurmExecutor,
+        account=account,
+        partition=partition,
+        nodes=nodes,
+        ntasks_per_node=ranks_per_node,
+        gpus_per_node=gpus_per_node or None,
+        time=time,
+        signal=f"USR1@{signal_s}",  # without "B:", which would warn the batch script alone
+        container_image=image,
+        container_mounts=[f"{here}:{here}"] if image else [],
+        tunnel=run.Config(run.LocalTunnel, job_dir=""),
+        # Nothing is copied: jobs run in this folder, which their nodes see.
+        packager=run.Config(run.PatternPackager, include_pattern="", relative_path=here, symlink_from_remote_dir=here),
+        retries=restarts,
+    )
+
+
+def training(recipe: Recipe, *, servers: bool = False) -> run.Script:
+    """The trainer's task; with `servers` one that takes rollouts from the other group of the job."""
+    settings = [recipe.config, *recipe.overrides]
+    command = shlex.join(["exec", "urlvr", "train", *settings])
+    return run.Script(inline=f'{command} {OF_SERVERS} "servers.hosts=[${SERVER_HOSTS}]"' if servers else command)
+
+
+OF_SERVERS = "rollout.engine=sglang servers.pools.policy.host=0.0.0.0"
+
+
+def serving(recipe: Recipe) -> run.Script:
+    """The task of one supervisor of rollout servers on each node of its group."""
+    command = shlex.join(["exec", "urlvr", "rollout", "serve", recipe.config, *recipe.overrides])
+    return run.Script(inline=f"{command} {OF_SERVERS}")
+
+
+def experiment(recipe: Recipe, executor: run.Executor, rollout: run.SlurmExecutor | None = None) -> run.Experiment:
+    """The experiment that trains `recipe` on `executor`; with `rollout` a heterogeneous Slurm job whose second group
+    serves rollouts. UnusableInput where the executors do not fit."""
+    made = run.Experiment("urlvr")
+    if rollout is None:
+        with made:
+            made.add(training(recipe), executor=executor, name="train")
+        return made
+    if not isinstance(executor, run.SlurmExecutor):
+        raise UnusableInput("a rollout executor makes a heterogeneous job, so that the trainer's must be Slurm's too.")
+    if rollout.partition != executor.partition:
+        raise UnusableInput(
+            f"NeMo-Run gives both groups of a job the first one's partition ({executor.partition}), not"
+            f" {rollout.partition}: use `urlvr launch slurm --rollout-nodes`, which does not."
+        )
+    # The key reaches the tasks through sbatch, which hands its environment on; a file would show it.
+    os.environ.setdefault(KEY, secrets.token_hex(32))
+    hosts = '"$(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_1" | paste -sd,)"'
+    executor.env_vars[SERVER_HOSTS] = hosts  # NeMo-Run writes it unquoted into the batch script
+    for group in (executor, rollout):
+        group.heterogeneous = True
+    executor.wait_time_for_group_job, executor.monitor_group_job_wait_time = GROUP_WAIT_S, GROUP_WAIT_S
+    with made:
+        made.add([training(recipe, servers=True), serving(recipe)], executor=[executor, rollout], name="train")
+    return made
+
+
+def build(config: run.Config) -> Any:
+    """The object that a factory's config describes."""
+    return fdl.build(config)
+
+
+def launch(made: run.Experiment, *, detach: bool, dry_run: bool) -> list[str]:
+    """Run it, or print what would be run. Returns the states of its jobs, once they have ended or were handed over."""
+    with made:
+        if dry_run:
+            made.dryrun()
+            return []
+        made.run(detach=detach, tail_logs=not detach)
+    status: dict[str, Any] = made.status(return_dict=True) or {}
+    return [str(job["status"]).rpartition(".")[2] for job in status.values()]
