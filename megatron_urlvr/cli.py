@@ -24,6 +24,8 @@ config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 rollout_app = typer.Typer(help="Rollout servers.", no_args_is_help=True)
 app.add_typer(rollout_app, name="rollout")
+data_app = typer.Typer(help="Prompts.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 app.add_typer(launch_app, name="launch")
 bench_app = typer.Typer(help="Benchmarks.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
@@ -68,6 +70,10 @@ def evaluate(
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="A set of eval.sets; may be repeated. Without it: all.")
     ] = None,
+    rewards: Annotated[
+        list[str] | None,
+        typer.Option("--reward", help="Say how this reward goes with correctness; may be repeated, or `all`."),
+    ] = None,
 ) -> None:
     """Measure a policy on the config's evaluation sets."""
     from megatron_urlvr.config.errors import did_you_mean
@@ -80,9 +86,20 @@ def evaluate(
             f"--set {wrong[0]}: the config has no such evaluation set.{did_you_mean(wrong[0], known)}"
             f" Known: {', '.join(known) or 'none'}."
         )
-    from megatron_urlvr.evaluate import main as run
+    from megatron_urlvr.commands.evaluate import main as run
 
-    raise typer.Exit(run(loaded, checkpoint, sets or None))
+    raise typer.Exit(run(loaded, checkpoint, sets or None, rewards))
+
+
+@app.command()
+def compare(
+    one: Annotated[Path, typer.Argument(help="A table of problems, RUN/evals/eval_*.problems.jsonl.")],
+    other: Annotated[Path, typer.Argument(help="Another policy's, on the same set.")],
+) -> None:
+    """Compare two policies problem by problem, with an interval from resampling problems in pairs."""
+    from megatron_urlvr.commands.compare import print_comparison
+
+    print_comparison(one, other)
 
 
 @app.command()
@@ -135,6 +152,26 @@ def rollout_status(run: Annotated[Path, typer.Argument(help="Folder of a run.")]
     from megatron_urlvr.commands.rollout import print_status
 
     print_status(run)
+
+
+@data_app.command("select")
+def data_select(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    keep: Annotated[str, typer.Option(help="majority_wrong, majority_right, all_wrong or mixed.")] = "majority_wrong",
+    votes: Annotated[int, typer.Option(min=1, help="Responses sampled for each prompt.")] = 64,
+    out: Annotated[Path, typer.Option(help="JSON-lines file to write.")] = Path("selected.jsonl"),
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Checkpoint of the run, such as step_000050. Without it: model.path.")
+    ] = None,
+) -> None:
+    """Write the training prompts on which a policy's votes are wrong, right or split to a file."""
+    from megatron_urlvr.config.loader import load_config
+
+    loaded = load_config(config, overrides or [])
+    from megatron_urlvr.commands.data import select
+
+    raise typer.Exit(select(loaded, keep=keep, votes=votes, out=out, checkpoint=checkpoint))
 
 
 @config_app.command("show")

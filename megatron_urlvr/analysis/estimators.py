@@ -17,6 +17,7 @@ from megatron_urlvr.algorithms.ranking import auroc
 __all__ = [
     "auroc",
     "avg_at_n",
+    "maj_at_k",
     "maj_at_n",
     "mean_and_se",
     "parse_rate",
@@ -26,6 +27,8 @@ __all__ = [
 ]
 
 NO_ANSWER = -1
+MAJ_SUBSETS = 200
+"""Random subsets that maj@k averages over."""
 Floats = NDArray[np.float64]
 
 
@@ -52,6 +55,25 @@ def _majority_right(ids: NDArray[np.generic], right: NDArray[np.bool_]) -> float
     _, member_of, sizes = np.unique(ids[voted], return_inverse=True, return_counts=True)
     # tied classes are equally large, so that the mean over their members is the mean over the classes
     return float(right[voted][sizes[member_of] == sizes.max()].mean())
+
+
+def maj_at_k(classes: ArrayLike, correct: ArrayLike, k: int, *, subsets: int = MAJ_SUBSETS, seed: int = 0) -> Floats:
+    """`maj_at_n` of k of the n samples, averaged over random subsets without replacement, `[P]`.
+
+    ValueError unless 1 <= k <= n / 2: larger subsets of the same n samples share most of their members, so that their
+    average says little of what k fresh samples would vote. With k = n it is one vote, `maj_at_n`.
+    """
+    ids, right = _table("classes", classes), _table("correct", correct).astype(bool)
+    _same_shape(ids, right)
+    n = ids.shape[1]
+    if not (k >= 1 and 2 * k <= n):
+        raise ValueError(f"maj@{k} needs at least {2 * k} samples a problem, and there are {n}")
+    rng = np.random.default_rng(seed)
+    total = np.zeros(len(ids))
+    for _ in range(subsets):
+        chosen = rng.permutation(n)[:k]
+        total += maj_at_n(ids[:, chosen], right[:, chosen])
+    return total / subsets
 
 
 def pass_at_k(correct: ArrayLike, k: int) -> Floats:
@@ -101,15 +123,18 @@ def ratio_and_se(
     return float(top.sum() / bottom.sum()), float((tops[kept] / bottoms[kept]).std())
 
 
-def summarise(correct: ArrayLike, classes: ArrayLike, *, pass_k: Sequence[int] = (), seed: int = 0) -> dict[str, float]:
+def summarise(
+    correct: ArrayLike, classes: ArrayLike, *, pass_k: Sequence[int] = (), maj_k: Sequence[int] = (), seed: int = 0
+) -> dict[str, float]:
     """All metrics of one held-out set by name, with standard errors under `<name>_se`: `avg@n`, `maj@n`, `pass@k` for
-    each of `pass_k`, `parse_rate`, and `accuracy_given_parsed` (right samples of the parsable ones; left out when
-    nothing is parsable)."""
+    each of `pass_k`, `maj@k` for each of `maj_k`, `parse_rate`, and `accuracy_given_parsed` (right samples of the
+    parsable ones; left out when nothing is parsable)."""
     right, ids = _table("correct", correct).astype(bool), _table("classes", classes)
     _same_shape(ids, right)
     n = right.shape[1]
     per_problem = {f"avg@{n}": avg_at_n(right), f"maj@{n}": maj_at_n(ids, right)}
     per_problem |= {f"pass@{k}": pass_at_k(right, k) for k in pass_k}
+    per_problem |= {f"maj@{k}": maj_at_k(ids, right, k) for k in maj_k}
     per_problem |= {"parse_rate": parse_rate(ids)}
     out: dict[str, float] = {}
     for name, values in per_problem.items():

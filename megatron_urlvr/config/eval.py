@@ -16,6 +16,8 @@ class EvalOptions(Section):
     """Responses for each prompt (n of avg@n and maj@n)."""
     pass_k: list[int] = Field(default_factory=list)
     """Which pass@k to report; each k must be below `samples`."""
+    maj_k: list[int] = Field(default_factory=list)
+    """Which maj@k to report besides maj@samples, over subsets of the samples; each k at most half of `samples`."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -26,6 +28,12 @@ class EvalOptions(Section):
     """None: the rollout's."""
     base_votes: int = Field(default=16, ge=1)
     """Responses for each prompt at step 0, for the base's maj@n line; at least `samples` are drawn."""
+
+    @rule("maj_k", "samples")
+    def _maj_k(self) -> str | None:
+        if bad := [k for k in self.maj_k if not (k >= 1 and 2 * k <= self.samples)]:
+            return f"maj_k holds {bad}: subsets of k need samples = {self.samples} to be at least 2 k, and k at least 1"
+        return None
 
     @rule("pass_k", "samples")
     def _pass_k(self) -> str | None:

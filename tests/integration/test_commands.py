@@ -40,6 +40,33 @@ def test_eval_takes_other_sets_and_other_samples(urlvr, config, tmp_path):
     assert "greedy" not in found["other"]
 
 
+def test_eval_says_how_rewards_go_with_correctness_and_keeps_every_problem(urlvr, config, tmp_path):
+    sampled = ("eval.sets.held_out.samples=6", "eval.sets.held_out.maj_k=[3]")
+    outcome = urlvr("eval", config, *sampled, "--reward", "probability", "--reward", "token_entropy")
+    assert outcome.code == 0
+    found = measured(tmp_path / "run", "base")
+    assert "maj@3" in found
+    for label in ("probability", "token_entropy_mean", "token_entropy_sum"):
+        assert 0 <= found[f"{label}/auroc"] <= 1
+        assert 0 <= found[f"{label}/aligned"] <= 1
+    assert 0 <= found["probability/ece"] <= 1
+    assert "token_entropy_mean/ece" not in found
+    table = tmp_path / "run/evals/eval_base.held_out.problems.jsonl"
+    problems = [json.loads(line) for line in table.read_text().splitlines()]
+    assert len(problems) == 8
+    assert sum(each["correct"] for each in problems) / 48 == pytest.approx(found["avg@6"])
+    compared = urlvr("compare", table, table)
+    assert compared.code == 0
+    assert "[+0.0000, +0.0000]" in compared.out
+
+
+def test_eval_refuses_rewards_that_it_cannot_compute(urlvr, config):
+    for name, words in {"ground_truth": "it reads labels", "majority": "Did you mean majority_vote?"}.items():
+        outcome = urlvr("eval", config, "--reward", name)
+        assert outcome.code == 2
+        assert words in outcome.err
+
+
 def test_eval_of_a_damaged_checkpoint_is_unusable_input(urlvr, config, tmp_path):
     assert urlvr("train", config, "run.steps=2", "eval.every=0").code == 0
     (tmp_path / "run/checkpoints/step_000002/__0_0.distcp").write_bytes(b"")

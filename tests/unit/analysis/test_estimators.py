@@ -10,6 +10,7 @@ import pytest
 
 from megatron_urlvr.analysis.estimators import (
     avg_at_n,
+    maj_at_k,
     maj_at_n,
     mean_and_se,
     parse_rate,
@@ -151,3 +152,25 @@ def test_an_empty_or_flat_table_is_refused(shape):
 def test_tables_of_different_shapes_are_refused():
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
         maj_at_n(np.zeros((2, 3)), np.zeros((2, 4)))
+
+
+def test_maj_at_k_is_the_average_over_all_subsets_within_its_draws():
+    correct, answers = random_set(5, problems=12, n=8)
+    exact = np.mean(
+        [
+            maj_at_n(answers[:, list(chosen)], correct[:, list(chosen)])
+            for chosen in itertools.combinations(range(8), 3)
+        ],
+        axis=0,
+    )
+    found = maj_at_k(answers, correct, 3, subsets=4000)
+    np.testing.assert_allclose(found, exact, atol=5 * 0.5 / math.sqrt(4000))
+    np.testing.assert_allclose(maj_at_k(answers, correct, 1, subsets=4000), avg_at_n(correct), atol=0.04)
+
+
+def test_maj_at_k_wants_twice_as_many_samples():
+    correct, answers = random_set(6, n=6)
+    for k in (0, 4, 6):
+        with pytest.raises(ValueError, match="needs at least"):
+            maj_at_k(answers, correct, k)
+    assert "maj@3" in summarise(correct, answers, maj_k=[3])

@@ -1,0 +1,70 @@
+"""Two policies on one set of problems, compared problem by problem: tables of `urlvr eval`, read and paired."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_urlvr.exit_codes import UnusableInput
+
+from .peaks import bootstrap_mean_interval
+
+MEASURES = ("avg", "maj", "greedy")
+"""Columns of a problem table that can be compared."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`other - one` over the problems, with the 95 % percentile interval of resampling problems in pairs."""
+
+    measure: str
+    problems: int
+    one: float
+    other: float
+    difference: float
+    low: float
+    high: float
+    better: int
+    """Problems on which `other` has more."""
+    worse: int
+
+
+def read_table(path: Path) -> dict[str, dict[str, Any]]:
+    """Rows of a problem table by problem. UnusableInput for what is none."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        table = {str(row["id"]): row for row in rows}
+    except FileNotFoundError:
+        raise UnusableInput(f"there is no file {path}: `urlvr eval` writes such tables to RUN/evals/.") from None
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        raise UnusableInput(f"{path} is no table of problems as `urlvr eval` writes it: {error!r}.") from error
+    if not table:
+        raise UnusableInput(f"{path} holds no problems.")
+    return table
+
+
+def compare(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]]) -> list[Comparison]:
+    """All measures that both tables have. UnusableInput where they are not of the same problems."""
+    if one.keys() != other.keys():
+        differing = sorted(one.keys() ^ other.keys())
+        raise UnusableInput(
+            f"the tables are not of the same problems: {len(differing)} are in one of them only, such as"
+            f" {differing[0]}. Evaluate both policies on the same set."
+        )
+    out = []
+    for measure in MEASURES:
+        pairs = [(one[key].get(measure), other[key].get(measure)) for key in one]
+        if any(a is None or b is None for a, b in pairs):
+            continue
+        first, second = np.array(pairs, dtype=np.float64).T
+        gaps = second - first
+        low, high = bootstrap_mean_interval(gaps, seed=0)
+        better, worse = int((gaps > 0).sum()), int((gaps < 0).sum())
+        means = float(first.mean()), float(second.mean()), float(gaps.mean())
+        out.append(Comparison(measure, len(pairs), *means, low, high, better, worse))
+    return out
