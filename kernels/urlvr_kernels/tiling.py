@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-CPU_TILE_BYTES = 1 << 20
-"""A tile and its exponentials stay in a core's L2 cache (2 MB on current servers)."""
-CPU_TILE_ROWS = 256
+CPU_TILE_BYTES = 8 << 20
+"""Tall tiles: a GEMM packs its weight chunk once a tile. What reads them goes through in bands (`torch_ops`)."""
+CPU_TILE_ROWS = 2048
+CPU_BLOCK_BYTES = 64 << 20
+"""Whole rows of the one-pass form: fresh pages cost more than another pass over dW saves."""
 GPU_FORWARD_BYTES = 32 << 20
 """A forward chunk that nobody keeps: it stays in an H100's 50 MB of L2 between the GEMM and its reader."""
 MAX_BLOCK_ROWS = 16384
@@ -96,12 +98,10 @@ def tile_one_pass(rows: int, columns: int, *, itemsize: int, device: torch.devic
     columns: what every rank agrees on (the collective of each block must match), not this rank's own width.
     """
     rows, columns = max(rows, 1), max(columns, 1)
-    block = min(rows, max(1, workspace_bytes // (columns * itemsize)))
+    budget = min(workspace_bytes, CPU_BLOCK_BYTES) if device.type == "cpu" else workspace_bytes
+    block = min(rows, max(1, budget // (columns * itemsize)))
     if block >= 128:
         block = block // 128 * 128
-    if device.type == "cpu":
-        inner = tile_head(block, columns, width=1, itemsize=itemsize, device=device, workspace_bytes=workspace_bytes)
-        return Tiling(block, min(inner.tile_rows, block), inner.chunk)
     return Tiling(block, block, columns)
 
 

@@ -6,14 +6,21 @@ A backend is these two operations; everything else (tiling, GEMMs, tensor parall
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
+from .call import cut
+from .device import on_cpu
 from .rowstate import ARGMAX, CENTRED, MAX, SECOND, SPREAD, SUM, TARGET, Slopes, Wanted, merge
+
+CPU_BAND_BYTES = 1 << 20
+"""Logits that one sequence of elementwise operations goes through: they and their exponentials stay in a core's L2
+cache (2 MB on current servers)."""
 
 
 class TorchOps:
-    """Plain torch, any device and dtype. Works in tiles that its caller keeps small enough for the cache."""
+    """Plain torch, any device and dtype. On a CPU it goes through a tile in bands of rows."""
 
     name = "torch"
     fused = False
@@ -37,38 +44,20 @@ class TorchOps:
         whole: every target is among the columns; consume: `logits` may be overwritten; masked: logits may be -inf
         (grammar masks).
         """
-        z = _scaled(logits, state.dtype, inv_tau)
-        where = None
-        if wanted.argmax or wanted.second:
-            top, where = z.max(1)
-            state[MAX] = top
-            state[ARGMAX] = where + first
-        else:
-            top = torch.amax(z, 1, out=state[MAX])
-        # A tile of nothing but -inf still needs a finite number to be centred on.
-        centre = (top.clamp(min=torch.finfo(top.dtype).min) if masked else top).unsqueeze(1)
-        d = z.sub_(centre) if consume or z is not logits else z - centre
-        if wanted.target:
-            assert target is not None
-            if whole:
-                torch.gather(d, 1, _columns(target, first), out=state[TARGET].unsqueeze(1))
-            else:
-                here, local = _here(target, first, z.shape[1])
-                torch.where(here, d.gather(1, local).squeeze(1), _scalar(-math.inf, d), out=state[TARGET])
-        if wanted.spread:
-            torch.sum(d, 1, out=state[SPREAD])
-        if not wanted.centred and where is None:
-            torch.sum(d.exp_(), 1, out=state[SUM])
-            return
-        e = d.exp()
-        torch.sum(e, 1, out=state[SUM])
-        if wanted.centred:
-            if masked:  # -inf * 0 would be NaN; x exp(x) tends to 0
-                d.clamp_(min=torch.finfo(d.dtype).min)
-            torch.sum(e.mul_(d), 1, out=state[CENTRED])
-        if wanted.second:
-            assert where is not None
-            state[SECOND] = top + d.scatter_(1, where.unsqueeze(1), -math.inf).amax(1)
+        room = _Room(state.dtype)
+        for band in _bands(logits):
+            self._row_state(
+                logits[band],
+                state[:, band],
+                wanted,
+                target=None if target is None else target[band],
+                first=first,
+                inv_tau=cut(inv_tau, band),
+                whole=whole,
+                consume=consume,
+                masked=masked,
+                room=room,
+            )
 
     def dlogits(
         self,
@@ -87,16 +76,90 @@ class TorchOps:
         The label is subtracted in the state's precision, before any rounding to `out`'s: of a confident token's rounded
         probability nothing would be left after the subtraction.
         """
+        room = _Room(slopes.lse.dtype)
+        for band in _bands(logits):
+            self._dlogits(
+                logits[band],
+                out[band],
+                slopes.rows(band),
+                target=None if target is None else target[band],
+                first=first,
+                inv_tau=cut(inv_tau, band),
+                whole=whole,
+                masked=masked,
+                room=room,
+            )
+
+    def _row_state(
+        self,
+        logits: torch.Tensor,
+        state: torch.Tensor,
+        wanted: Wanted,
+        *,
+        target: torch.Tensor | None,
+        first: int,
+        inv_tau: torch.Tensor | float | None,
+        whole: bool,
+        consume: bool,
+        masked: bool,
+        room: _Room,
+    ) -> None:
+        z = _scaled(logits, state.dtype, inv_tau)
+        where = None
+        if wanted.argmax or wanted.second:
+            top, where = z.max(1)
+            state[MAX] = top
+            state[ARGMAX] = where + first
+        else:
+            top = torch.amax(z, 1, out=state[MAX])
+        # A tile of nothing but -inf still needs a finite number to be centred on.
+        centre = (top.clamp(min=torch.finfo(top.dtype).min) if masked else top).unsqueeze(1)
+        d = z.sub_(centre) if consume or z is not logits else torch.sub(z, centre, out=room.like(z, 0))
+        if wanted.target:
+            assert target is not None
+            if whole:
+                torch.gather(d, 1, _columns(target, first), out=state[TARGET].unsqueeze(1))
+            else:
+                here, local = _here(target, first, z.shape[1])
+                torch.where(here, d.gather(1, local).squeeze(1), _scalar(-math.inf, d), out=state[TARGET])
+        if wanted.spread:
+            torch.sum(d, 1, out=state[SPREAD])
+        if not wanted.centred and where is None:
+            torch.sum(d.exp_(), 1, out=state[SUM])
+            return
+        e = torch.exp(d, out=room.like(d, 1))
+        torch.sum(e, 1, out=state[SUM])
+        if wanted.centred:
+            if masked:  # -inf * 0 would be NaN; x exp(x) tends to 0
+                d.clamp_(min=torch.finfo(d.dtype).min)
+            torch.sum(e.mul_(d), 1, out=state[CENTRED])
+        if wanted.second:
+            assert where is not None
+            state[SECOND] = top + d.scatter_(1, where.unsqueeze(1), -math.inf).amax(1)
+
+    def _dlogits(
+        self,
+        logits: torch.Tensor,
+        out: torch.Tensor,
+        slopes: Slopes,
+        *,
+        target: torch.Tensor | None,
+        first: int,
+        inv_tau: torch.Tensor | float | None,
+        whole: bool,
+        masked: bool,
+        room: _Room,
+    ) -> None:
         lse = slopes.lse.unsqueeze(1)
         z = _scaled(logits, lse.dtype, inv_tau)
         if z is not logits or out is logits:
             q = z.sub_(lse)
         else:
-            q = torch.sub(z, lse, out=out) if out.dtype == lse.dtype else z - lse
+            q = torch.sub(z, lse, out=out if out.dtype == lse.dtype else room.like(z, 0))
         if slopes.beta is None:
             dz = q.exp_().mul_(slopes.alpha.unsqueeze(1))
         else:
-            p = q.exp()
+            p = torch.exp(q, out=room.like(q, 1))
             if masked:
                 q.clamp_(min=torch.finfo(q.dtype).min / 1024)
             dz = q.mul_(slopes.beta.unsqueeze(1)).add_(slopes.alpha.unsqueeze(1)).mul_(p)
@@ -117,6 +180,30 @@ class TorchOps:
     def merge(self, states: torch.Tensor, wanted: Wanted) -> torch.Tensor:
         """See `rowstate.merge`."""
         return merge(states, wanted)
+
+
+class _Room:
+    """Buffers that all bands of a tile use in turn: fresh memory for each would cost more than the arithmetic."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._flat: dict[int, torch.Tensor] = {}
+
+    def like(self, band: torch.Tensor, which: int) -> torch.Tensor:
+        """Buffer number `which` in the shape of `band`, the first of which is the largest."""
+        if which not in self._flat:
+            self._flat[which] = band.new_empty(band.numel(), dtype=self._dtype)
+        return self._flat[which][: band.numel()].view(band.shape)
+
+
+def _bands(logits: torch.Tensor) -> Iterator[slice]:
+    """Slices of rows that stay in the cache; all of them at once where there is no such thing to mind."""
+    rows, columns = logits.shape
+    band = rows
+    if on_cpu(logits):
+        band = min(rows, max(1, CPU_BAND_BYTES // (max(columns, 1) * max(logits.itemsize, 4))))
+    for start in range(0, rows, max(band, 1)):
+        yield slice(start, min(start + band, rows))
 
 
 def _scalar(value: float, like: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
-from urlvr_kernels import DIFFERENTIABLE, TokenStats, reference, tiling
+from urlvr_kernels import DIFFERENTIABLE, TokenStats, reference, tiling, torch_ops
 
 RELATIVE = {torch.float64: 1e-11, torch.float32: 1e-5}
 """Largest relative error of a gradient (Frobenius norm) and of a statistic (against 1 + its size)."""
@@ -43,7 +43,10 @@ def make_case(rows: int, width: int, vocab: int, *, seed: int = 0, dtype: torch.
 @contextmanager
 def small_tiles(elements: int, rows: int) -> Iterator[None]:
     """Tiles of a few elements, so that small cases cross every border between tiles and chunks."""
-    with mock.patch.multiple(tiling, CPU_TILE_BYTES=max(elements * 4, 4096), CPU_TILE_ROWS=rows):
+    with (
+        mock.patch.multiple(tiling, CPU_TILE_BYTES=max(elements * 4, 4096), CPU_TILE_ROWS=rows),
+        mock.patch.object(torch_ops, "CPU_BAND_BYTES", elements * 4 // 3),
+    ):
         yield
 
 
