@@ -7,11 +7,14 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from .algorithms.advantages import entropy_scaled
+from .algorithms.covariance import held_tokens
 from .algorithms.kl import k3, reward_penalty
 from .algorithms.losses import token_weights
 from .assembly import Parts
+from .config.algorithm import KLCovSection
 from .config.root import Config
-from .exchange import any_rank, derive_seed, merge_sums
+from .exchange import any_rank, derive_seed, gather_from_leaders, merge_sums
 from .layout import Layout
 from .monitor.audit import Sums
 from .off_policy import behaviour_logp, own_logp, prepare, wants_own
@@ -20,13 +23,15 @@ from .rewards.base import LABEL, PERMUTED_LABEL, NonFiniteScoreError
 from .rewards.combine import RewardResult
 from .rollout.choice import choose
 from .rollout.filters import select
-from .types import STATISTICS, Group
+from .types import STATISTICS, Group, Sample
 
 
 def score_groups(config: Config, parts: Parts, groups: Sequence[Group], *, trained: bool = False) -> None:
     """Give every sample the statistics that the rewards need; no forward at all when none is needed, or when the
     servers gave them. `trained`: the groups are trained on, and the update may want log-probs from the same pass."""
     wanted = parts.reward.needs & STATISTICS
+    if trained and config.algorithm.entropy_scaling:
+        wanted |= {"entropy"}
     if not wanted or config.reward.statistics == "servers":
         return
     if trained and wants_own(config):
@@ -96,13 +101,32 @@ def training_rows(
     if own is None and wants_own(config):
         own = [stats.get("logp") for stats in parts.policy.score(flat, frozenset({"logp"}))]
     prepare(config, flat, samples, own)
-    advantages = parts.advantage(kept).reshape(-1).tolist() if groups else []
+    estimated = parts.advantage(kept, lambda values: replica_total(values, parts.layout))
+    if config.algorithm.entropy_scaling and groups:
+        entropies = torch.stack([_mean_entropy(sample) for sample in samples])
+        estimated = entropy_scaled(estimated, entropies.view(estimated.shape))
+    advantages = estimated.reshape(-1).tolist()
     coefficients = parts.loss.coefficients(advantages, [behaviour_logp(sample) for sample in samples])
     for i, row in enumerate(flat):
         row.advantage = coefficients[i]
         if reference and parts.loss.needs_reference:
             row.ref_logp = reference[i]
     return rows
+
+
+def _mean_entropy(sample: Sample) -> torch.Tensor:
+    """Mean token entropy of a response, nats; a float64 scalar."""
+    assert sample.stats is not None, "score_groups computes the entropies"
+    return sample.stats.get("entropy").double().mean()
+
+
+def replica_total(values: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Sum of `values` over the data-parallel replicas, each counted once; collective."""
+    if layout.dp == 1:
+        return values
+    own = values.clone() if layout.is_leader else torch.zeros_like(values)
+    dist.all_reduce(own, group=layout.control)
+    return own
 
 
 def _trained_votes(config: Config, group: Group) -> list[int]:
@@ -137,7 +161,24 @@ def mini_batches(config: Config, layout: Layout, groups: Sequence[Sequence[Row]]
         for start in range(0, len(groups), max(per_replica, 1)):
             rows = [row for members in groups[start : start + per_replica] for row in members]
             weigh(rows, config, layout)
+            if isinstance(config.algorithm.loss, KLCovSection):
+                hold(rows, config.algorithm.loss, layout)
             yield rows
+
+
+def hold(rows: Sequence[Row], loss: KLCovSection, layout: Layout) -> None:
+    """Mark the tokens of a mini-batch that KL-Cov holds. Every replica takes part."""
+    given = [row.old_logp for row in rows if row.old_logp is not None]
+    advantages = [torch.full((len(row.response),), row.advantage) for row in rows]
+    held = held_tokens(
+        torch.cat(given) if given else torch.zeros(0),
+        torch.cat(advantages) if advantages else torch.zeros(0),
+        loss.share,
+        total=lambda values: replica_total(values, layout),
+        gather=lambda values: gather_from_leaders(values, layout),
+    )
+    for row, own in zip(rows, held.split([len(row.response) for row in rows]), strict=True):
+        row.held = own
 
 
 def weigh(rows: Sequence[Row], config: Config, layout: Layout) -> None:

@@ -14,7 +14,15 @@ from typing import Literal
 
 import torch
 
-from megatron_urlvr.config.algorithm import DirectSection, KLSection, LossSection, RLSCSection
+from megatron_urlvr.config.algorithm import (
+    CISPOSection,
+    DirectSection,
+    GSPOSection,
+    KLCovSection,
+    KLSection,
+    LossSection,
+    RLSCSection,
+)
 from megatron_urlvr.types import TokenStats
 
 from .kl import ESTIMATORS, KLName
@@ -87,9 +95,12 @@ class DirectLoss:
         return finished(sums)
 
 
-def build_objective(loss: LossSection | DirectSection | RLSCSection, kl: KLSection) -> PolicyLoss | DirectLoss:
+PolicyLossSection = LossSection | GSPOSection | CISPOSection | KLCovSection
+
+
+def build_objective(loss: PolicyLossSection | DirectSection | RLSCSection, kl: KLSection) -> PolicyLoss | DirectLoss:
     """The loss of `algorithm.loss` with `algorithm.kl`. A KL in the reward leaves no trace in it."""
-    if isinstance(loss, LossSection):
+    if isinstance(loss, PolicyLossSection):
         return build_loss(loss, kl)
     coef = kl.coef if kl.place == "loss" else 0.0
     if isinstance(loss, RLSCSection):

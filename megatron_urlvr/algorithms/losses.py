@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from megatron_urlvr.config.algorithm import KLSection, LossSection
+from megatron_urlvr.config.algorithm import CISPOSection, GSPOSection, KLCovSection, KLSection, LossSection
 from megatron_urlvr.types import TokenStats
 
 from .kl import ESTIMATORS, LOG_RATIO_BOUND, KLName
@@ -61,6 +61,10 @@ class LossInputs:
     """Log-probability under the policy that sampled, nats. None: that is the policy being differentiated."""
     ref_logp: torch.Tensor | None = None
     """Log-probability under the reference, nats; for a KL term in the loss."""
+    lengths: Sequence[int] | None = None
+    """Tokens of each response, in order; for losses that see whole responses."""
+    held: torch.Tensor | None = None
+    """1 on the tokens that KL-Cov holds, 0 on the others; from `covariance.held_tokens`."""
 
 
 def log_ratio(logp: torch.Tensor, old_logp: torch.Tensor | None) -> torch.Tensor:
@@ -106,6 +110,40 @@ def ppo_clip(
     return Clipped(loss=loss, clipped=clipped, dual=dual)
 
 
+def sequence_ratio(difference: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """GSPO's ratio (arXiv 2507.18071, eqs. 7 and 14) at every token: `exp(mean over its response of difference)` in
+    value, with the gradient of the token's own log-prob.
+
+    `difference: [R]`, log p - log p_old. With the same advantage on all tokens of a response and weights 1 / length the
+    gradient is that of the response's ratio itself. ValueError where lengths and tokens do not agree.
+    """
+    if sum(lengths) != len(difference):
+        raise ValueError(f"responses of {sum(lengths)} tokens in all, and log-probs of {len(difference)}")
+    sizes = torch.tensor(list(lengths), dtype=torch.int64, device=difference.device)
+    if not len(sizes):
+        return difference.exp()
+    means = torch.segment_reduce(difference.detach().double(), "mean", lengths=sizes)
+    whole = torch.repeat_interleave(means, sizes).to(difference.dtype)
+    return torch.exp(whole) * torch.exp(difference - difference.detach())
+
+
+def cispo(
+    logp: torch.Tensor, ratio: torch.Tensor, advantage: torch.Tensor, *, clip_low: float, clip_high: float
+) -> Clipped:
+    """`-A clamp(r, 1 - clip_low, 1 + clip_high) log p`, the clamped ratio without a gradient (CISPO, MiniMax-M1, arXiv
+    2506.13585, eq. 4). `clipped` marks the tokens whose weight a bound decides: they keep their gradient."""
+    free = ratio.detach()
+    bounded = free.clamp(1.0 - clip_low, 1.0 + clip_high)
+    return Clipped(-advantage * bounded * logp, bounded != free, torch.zeros_like(bounded, dtype=torch.bool))
+
+
+def kl_cov(difference: torch.Tensor, advantage: torch.Tensor, held: torch.Tensor, *, coef: float) -> Clipped:
+    """`-A r`, plus `coef |log p - log p_old|` on the `held` tokens (KL-Cov, arXiv 2505.22617, eq. 12). `clipped` marks
+    those."""
+    loss = -advantage * torch.exp(difference) + coef * held * difference.abs()
+    return Clipped(loss, held > 0, torch.zeros_like(held, dtype=torch.bool))
+
+
 MEANS = frozenset(
     {
         "policy/clip_fraction",
@@ -120,9 +158,12 @@ MEANS = frozenset(
 WEIGHT = "policy/weight"
 
 
+Surrogate = Literal["ppo_clip", "gspo", "cispo", "kl_cov"]
+
+
 @dataclass(frozen=True)
 class PolicyLoss:
-    """Clipped policy gradient plus `kl_coef` times a KL estimate.
+    """A policy gradient, clipped or held in the way of its `surrogate`, plus `kl_coef` times a KL estimate.
 
     Calling it returns the micro-batch's share of the global loss, a scalar with a gradient, and detached metrics that
     are sums too: `loss/policy`, `loss/kl`, and weighted sums of the `MEANS`. Add the metrics up over micro-batches and
@@ -135,6 +176,11 @@ class PolicyLoss:
     aggregation: Aggregation
     kl_coef: float
     kl_estimator: KLName
+    surrogate: Surrogate = "ppo_clip"
+    cov_share: float = 0.0
+    """Share of the mini-batch's tokens that KL-Cov holds."""
+    cov_coef: float = 0.0
+    """Weight of KL-Cov's penalty on them."""
     needs: frozenset[str] = field(default=frozenset({"logp"}))
     """Statistics the forward has to give. `entropy` is reported when it is there."""
 
@@ -150,9 +196,7 @@ class PolicyLoss:
         self._check(logp, inputs)
         difference = log_ratio(logp, inputs.old_logp)
         ratio = torch.exp(difference)
-        surrogate = ppo_clip(
-            ratio, inputs.advantage, clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip
-        )
+        surrogate = self._surrogate(logp, difference, ratio, inputs)
         loss = policy = (weight * surrogate.loss).sum()
         per_token = {
             "policy/clip_fraction": surrogate.clipped,
@@ -174,6 +218,21 @@ class PolicyLoss:
             metrics |= {name: (weight * values).sum() for name, values in per_token.items()}
             metrics[WEIGHT] = weight.sum()
         return loss, metrics
+
+    def _surrogate(
+        self, logp: torch.Tensor, difference: torch.Tensor, ratio: torch.Tensor, inputs: LossInputs
+    ) -> Clipped:
+        bounds = {"clip_low": self.clip_low, "clip_high": self.clip_high}
+        if self.surrogate == "cispo":
+            return cispo(logp, ratio, inputs.advantage, **bounds)
+        if self.surrogate == "kl_cov":
+            held = torch.zeros_like(ratio) if inputs.held is None else inputs.held
+            return kl_cov(difference, inputs.advantage, held, coef=self.cov_coef)
+        if self.surrogate == "gspo":
+            if inputs.lengths is None:
+                raise ValueError("gspo takes one ratio for a response and was not told where responses end")
+            ratio = sequence_ratio(difference, inputs.lengths)
+        return ppo_clip(ratio, inputs.advantage, **bounds, dual_clip=self.dual_clip)
 
     def upstream(self, inputs: LossInputs) -> dict[str, torch.Tensor] | None:
         """The gradient of the loss with respect to `logp`, `[R]`, where it is known before the forward: strictly
@@ -215,13 +274,15 @@ def finished(sums: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def build_loss(loss: LossSection, kl: KLSection) -> PolicyLoss:
-    """The clipped policy gradient of `algorithm.loss` with `algorithm.kl`. A KL in the reward leaves no trace in it."""
-    return PolicyLoss(
-        clip_low=loss.clip_low,
-        clip_high=loss.clip_high,
-        dual_clip=loss.dual_clip,
-        aggregation=loss.aggregation,
-        kl_coef=kl.coef if kl.place == "loss" else 0.0,
-        kl_estimator=kl.estimator,
+def build_loss(loss: LossSection | GSPOSection | CISPOSection | KLCovSection, kl: KLSection) -> PolicyLoss:
+    """The policy gradient of `algorithm.loss` with `algorithm.kl`. A KL in the reward leaves no trace in it."""
+    coef = kl.coef if kl.place == "loss" else 0.0
+    if isinstance(loss, KLCovSection):
+        return PolicyLoss(
+            0.0, 0.0, None, loss.aggregation, coef, kl.estimator, "kl_cov", cov_share=loss.share, cov_coef=loss.coef
+        )
+    dual = None if isinstance(loss, CISPOSection) else loss.dual_clip
+    surrogate: Surrogate = (
+        "gspo" if isinstance(loss, GSPOSection) else "cispo" if isinstance(loss, CISPOSection) else "ppo_clip"
     )
+    return PolicyLoss(loss.clip_low, loss.clip_high, dual, loss.aggregation, coef, kl.estimator, surrogate)

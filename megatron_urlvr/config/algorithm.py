@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, Tag, field_validator
 
 from .base import Section, rule
 
-LossName = Literal["ppo_clip", "em_ft", "self_certainty", "rlsc"]
+LossName = Literal["ppo_clip", "gspo", "cispo", "kl_cov", "em_ft", "self_certainty", "rlsc"]
 
 
 class LossCommon(Section):
@@ -26,7 +26,11 @@ class LossCommon(Section):
         return {key: value for key, value in parent.items() if key in LossCommon.model_fields}
 
 
-class LossSection(LossCommon):
+class RatioLoss(LossCommon):
+    """A policy gradient with the ratio to the policy that sampled."""
+
+
+class LossSection(RatioLoss):
     """The policy-gradient loss: PPO's clipped ratio."""
 
     name: LossName = "ppo_clip"
@@ -37,6 +41,43 @@ class LossSection(LossCommon):
     """The ratio is clipped above at 1 + clip_high."""
     dual_clip: float | None = Field(default=None, gt=1)
     """Bound c of dual-clip PPO for negative advantages; None turns it off."""
+
+
+class GSPOSection(RatioLoss):
+    """GSPO: one ratio for a response, the geometric mean of its tokens' ratios, clipped as PPO's is. With `aggregation:
+    sequence_mean` it is the paper's."""
+
+    name: LossName = "gspo"
+    """Which loss is minimised."""
+    clip_low: float = Field(default=3e-4, ge=0, lt=1)
+    """The response's ratio is clipped below at 1 - clip_low."""
+    clip_high: float = Field(default=4e-4, ge=0)
+    """The response's ratio is clipped above at 1 + clip_high."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """Bound c of dual clip for negative advantages; None turns it off."""
+
+
+class CISPOSection(RatioLoss):
+    """CISPO: the clipped ratio weighs the log-probability and has no gradient, so that no token's gradient is lost."""
+
+    name: LossName = "cispo"
+    """Which loss is minimised."""
+    clip_low: float = Field(default=1.0, ge=0, le=1)
+    """The weight is clipped below at 1 - clip_low; 1 is no bound, as in the paper's runs."""
+    clip_high: float = Field(default=0.2, ge=0)
+    """The weight is clipped above at 1 + clip_high. The paper tunes it and does not print it."""
+
+
+class KLCovSection(RatioLoss):
+    """KL-Cov: no clip; the tokens in which log-probability and advantage vary together most are held near the policy
+    that sampled. It needs more than one optimizer step for a step's samples."""
+
+    name: LossName = "kl_cov"
+    """Which loss is minimised."""
+    share: float = Field(default=2e-3, gt=0, lt=1)
+    """Share of the mini-batch's tokens that are held."""
+    coef: float = Field(default=1.0, gt=0)
+    """Weight of |log p - log p_old| on them."""
 
 
 class DirectSection(LossCommon):
@@ -60,11 +101,17 @@ class RLSCSection(LossCommon):
 def kind_of_loss(value: Any) -> str:
     """Tag of a loss as written: the section that its name belongs to; PPO's without a name or with an unknown one."""
     name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
-    return {"em_ft": "direct", "self_certainty": "direct", "rlsc": "rlsc"}.get(str(name), "ppo")
+    kinds = {"em_ft": "direct", "self_certainty": "direct"}
+    return kinds.get(str(name), str(name) if name in ("rlsc", "gspo", "cispo", "kl_cov") else "ppo")
 
 
 LossSpec = Annotated[
-    Annotated[LossSection, Tag("ppo")] | Annotated[DirectSection, Tag("direct")] | Annotated[RLSCSection, Tag("rlsc")],
+    Annotated[LossSection, Tag("ppo")]
+    | Annotated[GSPOSection, Tag("gspo")]
+    | Annotated[CISPOSection, Tag("cispo")]
+    | Annotated[KLCovSection, Tag("kl_cov")]
+    | Annotated[DirectSection, Tag("direct")]
+    | Annotated[RLSCSection, Tag("rlsc")],
     Discriminator(kind_of_loss),
 ]
 """A policy-gradient loss (`{name: ppo_clip}`) or a direct one (`{name: em_ft}`)."""
@@ -110,7 +157,11 @@ class CorrectionSection(Section):
 
 class AlgorithmSection(Section):
     advantage: str = "grpo"
-    """`grpo`, `dr_grpo`, `rloo`, or one from an entry point."""
+    """`grpo`, `dr_grpo`, `rloo`, `reinforce_pp`, `reinforce_pp_baseline`, `zero` (a control), or one from an entry
+    point."""
+    entropy_scaling: bool = False
+    """ETTRL: scale each advantage by 1 + (mean H - H) / mean H, with H the response's mean token entropy and mean H its
+    group's."""
     mini_batch: int | None = Field(default=None, ge=1)
     """Prompts of one optimizer step; None: all of a step's (strictly on-policy)."""
     epochs: int = Field(default=1, ge=1)
@@ -124,7 +175,7 @@ class AlgorithmSection(Section):
 
     @rule("loss.name", "correction.old_logp")
     def _ratio_of_what(self) -> str | None:
-        if self.correction.old_logp == "rollout" and not isinstance(self.loss, LossSection):
+        if self.correction.old_logp == "rollout" and not isinstance(self.loss, RatioLoss):
             return (
                 f"correction.old_logp = 'rollout' with loss.name = {self.loss.name!r}, which has no ratio: set "
                 "correction.old_logp=recomputed; correction.method weighs the tokens of any loss"

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from .base import Section
+from .base import Section, rule
 
 
 class TermSection(Section):
@@ -122,3 +122,12 @@ class RewardSection(Section):
     statistics: Literal["trainer", "servers"] = "trainer"
     """Who computes the token statistics that rewards are made of. `servers`: the SGLang plug-in while it samples, so
     that the trainer's scoring pass is skipped; they are then those of the weights and the engine that sampled."""
+
+    @rule("judge", "statistics")
+    def _servers_hold_the_policy(self) -> str | None:
+        if self.statistics == "servers" and self.judge != "policy":
+            return (
+                f"judge = {self.judge!r} with statistics = 'servers': servers compute the statistics of the policy's "
+                "weights; set statistics=trainer, or judge=policy"
+            )
+        return None

@@ -62,6 +62,26 @@ class Config(Section):
             )
         return None
 
+    @rule("algorithm.loss.name", "algorithm.epochs", "algorithm.mini_batch", "rollout.prompts", "algorithm.correction")
+    def _something_to_hold(self) -> str | None:
+        algorithm = self.algorithm
+        once = algorithm.epochs == 1 and algorithm.mini_batch in (None, self.rollout.prompts)
+        if algorithm.loss.name == "kl_cov" and once and algorithm.correction.old_logp == "recomputed":
+            return (
+                "algorithm.loss.name = 'kl_cov' with one optimizer step for a step's samples: the policy has not moved "
+                "from the one that sampled, and there is nothing to hold; set algorithm.mini_batch or algorithm.epochs"
+            )
+        return None
+
+    @rule("algorithm.entropy_scaling", "reward.statistics", "reward.judge")
+    def _own_entropies(self) -> str | None:
+        if self.algorithm.entropy_scaling and (self.reward.statistics == "servers" or self.reward.judge != "policy"):
+            return (
+                "algorithm.entropy_scaling = true takes the policy's own entropies from the trainer's scoring pass: "
+                "set reward.statistics=trainer and reward.judge=policy"
+            )
+        return None
+
     @rule("reward.judge", "optim.ema_decay")
     def _ema_judge(self) -> str | None:
         if self.reward.judge == "ema" and self.optim.ema_decay is None:

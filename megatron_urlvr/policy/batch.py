@@ -28,6 +28,8 @@ class Row:
     """`[L]` float32 log-probs of the reference policy."""
     weight: torch.Tensor | None = None
     """`[L]` float32 share of each token in the global loss."""
+    held: torch.Tensor | None = None
+    """`[L]` float32, 1 on the tokens that KL-Cov holds; None under another loss."""
     correction: torch.Tensor | None = None
     """`[L]` float32 off-policy weight of each token, a factor of the advantage; None where nothing is corrected."""
 

@@ -271,6 +271,8 @@ def _inputs(batch: PackedBatch) -> LossInputs:
         weight=columns["weight"],
         old_logp=columns.get("old_logp"),
         ref_logp=columns.get("ref_logp"),
+        lengths=batch.lengths,
+        held=columns.get("held"),
     )
 
 
@@ -282,12 +284,12 @@ def _columns(rows: Sequence[Row], index: Sequence[int]) -> dict[str, torch.Tenso
         names = [
             "advantage",
             "weight",
-            *(n for n in ("old_logp", "ref_logp") if rows and getattr(rows[0], n) is not None),
+            *(n for n in ("old_logp", "ref_logp", "held") if rows and getattr(rows[0], n) is not None),
         ]
         return dict.fromkeys(names, empty)
     lengths = torch.tensor([len(row.response) for row in picked])
     columns = {"advantage": torch.tensor([row.advantage for row in picked]).repeat_interleave(lengths)}
-    for name in ("weight", "old_logp", "ref_logp"):
+    for name in ("weight", "old_logp", "ref_logp", "held"):
         values = [getattr(row, name) for row in picked]
         if all(value is not None for value in values):
             columns[name] = torch.cat(values)

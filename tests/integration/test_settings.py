@@ -151,6 +151,27 @@ def test_certainty_is_that_of_the_weights_that_judge(train, scored, judge):
         assert taken[1]["reward/proxy"] != pytest.approx(sampled[1], rel=1e-3)
 
 
+def test_losses_with_a_ratio_agree_on_the_first_of_several_updates_and_part_after_it(train):
+    several = ["algorithm.mini_batch=2", "algorithm.epochs=2", "optim.lr=0.01"]
+    plain, *others = (
+        train(*several, f"algorithm.loss={json.dumps(loss)}")
+        for loss in (
+            {"name": "ppo_clip"},
+            {"name": "gspo", "clip_low": 0.2, "clip_high": 0.2},
+            {"name": "cispo"},
+            {"name": "kl_cov", "share": 0.2},
+        )
+    )
+    for other in others:
+        assert other[0]["reward/proxy"] == plain[0]["reward/proxy"]
+        assert other[0]["train/grad_norm"] != plain[0]["train/grad_norm"]
+
+
+def test_without_advantage_nothing_is_learned(train):
+    taken = train("algorithm.advantage=zero", "optim.lr=0.01")
+    assert [row["train/grad_norm"] for row in taken] == [0.0, 0.0]
+
+
 def test_terms_mix_by_their_weights(train):
     (row, _) = train(
         reward("majority_vote"),
@@ -222,6 +243,9 @@ def test_advantages_losses_and_aggregations_differ_in_the_step_they_take_and_in_
         train("algorithm.loss.aggregation=sequence_mean"),
         train("algorithm.loss.aggregation=fixed_length"),
         train("algorithm.loss={name: em_ft}"),
+        train("algorithm.advantage=reinforce_pp"),
+        train("algorithm.advantage=reinforce_pp_baseline"),
+        train("algorithm.entropy_scaling=true"),
     ]
     for name in ("reward/proxy", "response/length", "audit/accuracy"):
         assert len({variant[0][name] for variant in variants}) == 1

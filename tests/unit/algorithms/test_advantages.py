@@ -110,7 +110,7 @@ def test_an_entry_point_adds_an_estimator(monkeypatch):
     point = EntryPoint(name="doubled", value=f"{__name__}:doubled", group="megatron_urlvr.advantage")
     monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == point.group else [])
     advantage = get_advantage("doubled")
-    assert available() == ["doubled", "dr_grpo", "grpo", "rloo"]
+    assert {"doubled", "dr_grpo", "grpo", "rloo"} <= set(available())
     assert advantage(torch.tensor([[1.0, 2.0]])).tolist() == [[2.0, 4.0]]
     assert not advantage.scale_free
 
