@@ -7,17 +7,48 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "slurm" / "local_cluster.sh"
+URLVR = Path(sys.executable).with_name("urlvr")
+STEPS = 8
+TWO_BY_TWO = ["--nodes=2", "--ntasks-per-node=2"]
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 JOB_S = 400
 """A job takes half a minute alone, and minutes on a busy machine."""
+
+terminal: list[Any] = []
+"""pytest's, which conftest.py finds."""
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Print what a stage took, past pytest's capture."""
+    started = time.monotonic()
+    yield
+    terminal[0].ensure_newline()
+    terminal[0].write_line(f"[{what}: {time.monotonic() - started:.0f} s]")
+
+
+def small(base: Path, run: Path) -> list[str]:
+    """The quickstart from `base`, small, in the folder `run`."""
+    return [
+        "configs/quickstart.yaml",
+        f"model.path={base}",
+        f"run.dir={run}",
+        f"run.steps={STEPS}",
+        "eval.every=4",
+        "eval.sets.held_out.size=32",
+        "checkpoint.every=2",
+        "monitor.tensorboard=false",
+    ]
 
 
 class Cluster:

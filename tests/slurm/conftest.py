@@ -4,33 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from cluster import ROOT, Cluster, Job
-
-URLVR = Path(sys.executable).with_name("urlvr")
-STEPS = 8
+from cluster import ROOT, TWO_BY_TWO, URLVR, Cluster, Job, small, terminal, timed
 
 
-_terminal: list[pytest.TerminalReporter] = []
-
-
+@pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    _terminal[:] = [config.pluginmanager.get_plugin("terminalreporter")]
-
-
-@contextmanager
-def timed(what: str) -> Iterator[None]:
-    """Print what a stage took."""
-    started = time.monotonic()
-    yield
-    _terminal[0].ensure_newline()
-    _terminal[0].write_line(f"[{what}: {time.monotonic() - started:.0f} s]")
+    terminal[:] = [config.pluginmanager.get_plugin("terminalreporter")]
 
 
 @pytest.fixture(scope="session")
@@ -41,9 +24,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         done = made.manage("up")
     if done.returncode:
         pytest.exit(done.stderr, returncode=1)
-    yield made
-    with timed("cluster down"):
-        done = made.manage("down")
+    try:
+        yield made
+    finally:
+        with timed("cluster down"):
+            done = made.manage("down")
     assert done.returncode == 0, done.stderr
     assert made.what_is_left() == ""
 
@@ -65,22 +50,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(base: Path, tmp_path: Path) -> list[str]:
     """The quickstart, small, in `tmp_path / "run"`."""
     return small(base, tmp_path / "run")
-
-
-def small(base: Path, run: Path) -> list[str]:
-    return [
-        "configs/quickstart.yaml",
-        f"model.path={base}",
-        f"run.dir={run}",
-        f"run.steps={STEPS}",
-        "eval.every=4",
-        "eval.sets.held_out.size=32",
-        "checkpoint.every=2",
-        "monitor.tensorboard=false",
-    ]
-
-
-TWO_BY_TWO = ["--nodes=2", "--ntasks-per-node=2"]
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster import ROOT, Cluster, metrics, state
-from conftest import timed
+from cluster import ROOT, Cluster, metrics, state, timed
 
 
 @pytest.fixture(scope="session")

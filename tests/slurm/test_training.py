@@ -6,8 +6,7 @@ import signal
 import subprocess
 from pathlib import Path
 
-from cluster import ROOT, Cluster, Job, metrics, state, until
-from conftest import STEPS, TWO_BY_TWO, URLVR, timed
+from cluster import ROOT, STEPS, TWO_BY_TWO, URLVR, Cluster, Job, metrics, state, timed, until
 
 SUPPORT = ROOT / "tests" / "support"
 
