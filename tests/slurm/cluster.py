@@ -24,8 +24,8 @@ ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEM
 JOB_S = 400
 """A job takes half a minute alone, and minutes on a busy machine."""
 
-terminal: list[Any] = []
-"""pytest's, which conftest.py finds."""
+capture: list[Any] = []
+"""pytest's manager of captured output, which conftest.py finds."""
 
 
 @contextmanager
@@ -33,8 +33,8 @@ def timed(what: str) -> Iterator[None]:
     """Print what a stage took, past pytest's capture."""
     started = time.monotonic()
     yield
-    terminal[0].ensure_newline()
-    terminal[0].write_line(f"[{what}: {time.monotonic() - started:.0f} s]")
+    with capture[0].global_and_fixture_disabled():
+        print(f"\n[{what}: {time.monotonic() - started:.0f} s]", flush=True)
 
 
 def small(base: Path, run: Path) -> list[str]:

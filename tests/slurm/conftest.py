@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import ROOT, TWO_BY_TWO, URLVR, Cluster, Job, small, terminal, timed
+from cluster import ROOT, TWO_BY_TWO, URLVR, Cluster, Job, capture, small, timed
 
 
-@pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    terminal[:] = [config.pluginmanager.get_plugin("terminalreporter")]
+    capture[:] = [config.pluginmanager.get_plugin("capturemanager")]
 
 
 @pytest.fixture(scope="session")
