@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .analysis.runs import flatten
+from .branching import branch
 from .config.loader import load_config
 from .config.root import Config
 from .exchange import gather_from_leaders
@@ -67,6 +68,8 @@ class RunFiles:
             if layout.is_main:
                 try:
                     stack.enter_context(files.folder.lock())
+                    own = checkpoint.list_checkpoints(files.folder.checkpoints)
+                    branch(config, files.folder, checkpoints=own)
                     finished = files._finished_with()
                 except UnusableInput as error:
                     problem = str(error)

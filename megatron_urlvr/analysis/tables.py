@@ -74,7 +74,17 @@ def finding(item: Series, eval_set: str | None) -> str:
         text += f" The {what} {'rose' if end > start else 'fell'} from {start:.3g} to {end:.3g}."
     elif proxies:
         text += f" The {what} rose in {sum(end > start for start, end in proxies)} of {len(proxies)}."
-    return text
+    return text + _alarms(item)
+
+
+def _alarms(item: Series) -> str:
+    """Where the label-free collapse detector raised its alarm; empty where it did not."""
+    steps = [next((row["step"] for row in run.rows if row.get("collapse/alarm") == 1), None) for run in item.runs]
+    if not any(step is not None for step in steps):
+        return ""
+    if len(steps) == 1:
+        return f" The label-free detector raised its alarm at step {steps[0]}."
+    return f" The label-free detector raised its alarm in {sum(step is not None for step in steps)} of {len(steps)}."
 
 
 def accuracy_table(series: Sequence[Series], eval_set: str | None, styles: Styles) -> dict[str, Any]:

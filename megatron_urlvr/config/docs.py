@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import textwrap
@@ -17,13 +18,19 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from .base import Section
+from .mcs import McsConfig
 from .pretrain import PretrainConfig
 from .root import Config
 from .schema import describe, entry_annotation, model_at, tagged_models
 from .study import StudyConfig
 
 WIDTH = 118
-KINDS: dict[str, type[Section]] = {"train": Config, "pretrain": PretrainConfig, "study": StudyConfig}
+KINDS: dict[str, type[Section]] = {
+    "train": Config,
+    "pretrain": PretrainConfig,
+    "study": StudyConfig,
+    "mcs": McsConfig,
+}
 
 
 def documented_yaml(model: type[Section], *, open_sections: bool = True) -> str:
@@ -93,6 +100,8 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "..."
     value = field.get_default(call_default_factory=True)
+    if isinstance(value, list | dict):
+        return json.dumps(value)  # on one line
     text = OmegaConf.to_yaml(OmegaConf.create([value])).strip()
     return text.removeprefix("- ")
 

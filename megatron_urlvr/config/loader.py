@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .base import Section
 from .errors import ConfigError, did_you_mean, show, validate
+from .mcs import McsConfig
 from .pretrain import PretrainConfig
 from .root import Config
 from .schema import descend, entry_annotation, model_at
@@ -61,11 +62,14 @@ def config_file(path: str | Path) -> Path:
 
 
 def model_of(path: str | Path) -> type[Section]:
-    """Which kind of config a file is: a study has `runs` or a `grid`, pretraining `snapshots`; else a training run."""
+    """Which kind of config a file is: a study has `runs` or a `grid`, `urlvr mcs` has `policies`, pretraining has
+    `snapshots`; else it is a training run."""
     layers = Layers(Config)
     layers.add_file(config_file(path))
     if {"runs", "grid"} & set(layers.tree):
         return StudyConfig
+    if "policies" in layers.tree:
+        return McsConfig
     return PretrainConfig if "snapshots" in layers.tree else Config
 
 

@@ -20,6 +20,9 @@ class RunSection(Section):
     """`auto` takes CUDA when a device is there."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` continues from the newest intact checkpoint in `dir`; `never` refuses a folder that has one."""
+    branch_from: str | None = Field(default=None, pattern=r"^.+@\d+$")
+    """`RUN@step`: go on from that run's checkpoint, with these settings (another reward, say) and its history so far;
+    data, model and seed must be its own. None: from `model.path`."""
     rollout_only: bool = False
     """Record rollouts of the unchanged policy and train nothing."""
     threads: int = Field(default=1, ge=1)

@@ -185,3 +185,12 @@ def test_replicates_are_one_line_and_their_peaks_are_counted_over_seeds(tmp_path
     assert "the reward it trains on rises in 3 of 3" in page.text
     assert page.text.index("avg@4 on measure") < page.text.index("avg@4 on select")
     assert "512 problems" in page.text
+
+
+def test_the_page_says_where_the_label_free_detector_raised_its_alarm(tmp_path):
+    folder = make_run(tmp_path / "run", "dies")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["collapse/alarm"] = float(line["step"] >= 17)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "raised its alarm at step 17." in write_report([folder]).read_text()
