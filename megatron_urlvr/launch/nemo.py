@@ -53,6 +53,41 @@ def quickstart_sglang() -> Recipe:
 
 
 @run.cli.factory
+@run.autoconvert
+def paper_majority_vote() -> Recipe:
+    """Majority voting on Qwen3-1.7B-Base and DAPO-17k."""
+    return Recipe("configs/recipes/paper/majority_vote.yaml")
+
+
+@run.cli.factory
+@run.autoconvert
+def ttrl() -> Recipe:
+    """Test-time training with 64 votes, 32 of them trained on."""
+    return Recipe("configs/recipes/ttrl.yaml")
+
+
+@run.cli.factory
+@run.autoconvert
+def qwen25_32b_4nodes() -> Recipe:
+    """Qwen2.5-32B on two nodes that train and two that serve."""
+    return Recipe("configs/recipes/qwen2.5-32b_4nodes.yaml")
+
+
+@run.cli.factory
+@run.autoconvert
+def qwen25_72b_16nodes() -> Recipe:
+    """Qwen2.5-72B on eight nodes that train and eight that serve."""
+    return Recipe("configs/recipes/qwen2.5-72b_16nodes.yaml")
+
+
+@run.cli.factory
+@run.autoconvert
+def llama31_70b_16nodes() -> Recipe:
+    """Llama-3.1-70B on eight nodes that train and eight that serve."""
+    return Recipe("configs/recipes/llama-3.1-70b_16nodes.yaml")
+
+
+@run.cli.factory
 def local(ranks: int = 1) -> run.Config[run.Executor]:
     """`ranks` processes on this machine."""
     return run.Config(run.LocalExecutor, ntasks_per_node=ranks, launcher="torchrun" if ranks > 1 else None)

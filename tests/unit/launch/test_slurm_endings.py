@@ -107,6 +107,17 @@ def test_servers_hear_of_their_hosts_and_end_with_the_trainer(tmp_path):
     assert sorted(said) == sorted([f"rollout serve {own}", f"train {own}", "servers end"])
 
 
+def test_servers_beside_the_trainer_get_the_gpus_that_ranks_leave(tmp_path):
+    sizes = {"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "5", "SERVERS": "1"}
+    job = Job("train.sbatch", tmp_path, WAITS="yes", **sizes)
+    job.until_up("rollout")
+    job.until_up("train")
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.end() == (0, False)
+    served = next(line for line in job.said.read_text().splitlines() if line.startswith("rollout serve"))
+    assert served.endswith("servers.pools.policy.env.CUDA_VISIBLE_DEVICES='5,6,7'")
+
+
 def test_every_seed_of_an_array_has_a_folder(tmp_path):
     job = Job("train.sbatch", tmp_path, SLURM_ARRAY_TASK_ID="4", RUN_DIR="runs/x")
     assert job.end() == (0, False)
