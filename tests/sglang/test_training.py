@@ -76,7 +76,9 @@ def differences(trainer: Trainer, groups: list[Group], *names: str) -> dict[str,
 
 @pytest.mark.parametrize("transport", ["group", "disk"])
 def test_log_probs_are_the_policys_before_and_after_three_steps(served: Served, tmp_path: Path, transport: str) -> None:
-    config = config_for(served, tmp_path, *SMALL, f"servers.transport={transport}", "optim.lr=0.01")
+    config = config_for(
+        served, tmp_path, *SMALL, f"servers.transport={transport}", "servers.verify=true", "optim.lr=0.01"
+    )
     for trainer in trainer_for(config):
         parts = trainer.parts
         before = {name: tensor.clone() for name, tensor in parts.policy.export()}
@@ -85,7 +87,7 @@ def test_log_probs_are_the_policys_before_and_after_three_steps(served: Served, 
         for step in (1, 2, 3):
             metrics = trainer.take_step(step)
             assert metrics["rollout/faults"] == 0
-            assert metrics["sync/servers"] == 1
+            assert metrics["sync/servers"] == metrics["sync/verified"] == 1
             assert metrics["mismatch/logp_max_diff"] < TOLERANCE
         moved = max(float((tensor - before[name]).abs().max()) for name, tensor in parts.policy.export())
         assert moved > 1e-3, "three steps must have moved the weights for the comparison to mean anything"

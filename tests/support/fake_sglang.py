@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import hashlib
 import json
 import random
 import threading
@@ -147,6 +148,7 @@ class FakeServer:
         self._running = 0
         self._updating = False
         self._groups: dict[str, Any] = {}
+        self.held: dict[str, torch.Tensor] = {}
         self._threads = ThreadPoolExecutor(2)
         self._going = asyncio.Event()
         self._going.set()
@@ -166,6 +168,7 @@ class FakeServer:
             "/begin_weight_update": self._begin,
             "/end_weight_update": self._end,
             "/update_weights_from_distributed": self._from_group,
+            "/weights_checker": self._checksums,
         }
         application.add_routes([web.post(path, handler) for path, handler in posts.items()])
         application.add_routes(
@@ -321,9 +324,24 @@ class FakeServer:
         folder = Path(body["model_path"])
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         for file in sorted(set(index["weight_map"].values())):
-            self.model.load(load_file(folder / file))
+            self._take(load_file(folder / file))
         self.label = body["weight_version"]
         return _done()
+
+    async def _checksums(self, request: web.Request) -> web.Response:
+        """Of the tensors that were loaded, joined and padded as SGLang has them."""
+        held = dict(self.held)
+        for joined, parts in (("qkv_proj", ["q_proj", "k_proj", "v_proj"]), ("gate_up_proj", ["gate_proj", "up_proj"])):
+            for name in [name for name in held if parts[0] in name]:
+                held[name.replace(parts[0], joined)] = torch.cat([held.pop(name.replace(parts[0], p)) for p in parts])
+        for name in held.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
+            held[name] = torch.nn.functional.pad(held[name], (0, 0, 0, -len(held[name]) % 64))
+        found = {name: hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()[:16] for name, t in held.items()}
+        return web.json_response({"success": True, "message": "", "ranks": [{"checksums": found}]})
+
+    def _take(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.held |= tensors
+        self.model.load(tensors)
 
     async def _begin(self, request: web.Request) -> web.Response:
         self._updating = True
@@ -353,7 +371,7 @@ class FakeServer:
         body = await request.json()
         if not self._updating:
             return _refused("must run between begin_weight_update and end_weight_update")
-        self.model.load(await self._threaded(_receive, self._groups[body["group_name"]], body))
+        self._take(await self._threaded(_receive, self._groups[body["group_name"]], body))
         self.label = body.get("weight_version") or self.label
         return _done()
 
@@ -378,9 +396,14 @@ def _member(body: dict[str, Any]) -> Any:
 def _receive(group: Any, body: dict[str, Any]) -> dict[str, torch.Tensor]:
     kinds = [getattr(torch, name) for name in body["dtypes"]]
     sizes = [torch.Size(shape).numel() * kind.itemsize for shape, kind in zip(body["shapes"], kinds, strict=True)]
-    flat = torch.empty(sum(sizes), dtype=torch.uint8)
     options = dist.BroadcastOptions()
     options.rootRank = 0
+    if "load_format" not in body:
+        found = [torch.empty(shape, dtype=kind) for shape, kind in zip(body["shapes"], kinds, strict=True)]
+        for work in [group.broadcast([each], options) for each in found]:
+            work.wait()
+        return dict(zip(body["names"], found, strict=True))
+    flat = torch.empty(sum(sizes), dtype=torch.uint8)
     group.broadcast([flat], options).wait()
     parts = flat.split(sizes)
     return {

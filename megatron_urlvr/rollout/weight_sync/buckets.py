@@ -1,5 +1,9 @@
-"""Tensors laid end to end: one flat buffer is broadcast, loaded by servers as a `flattened_bucket`, and is at the same
-time the data of a safetensors file."""
+"""Tensors that travel together: in one flat buffer, which servers load as a `flattened_bucket`, or each as it lies.
+Both are at the same time the data of a safetensors file.
+
+One buffer is one broadcast, and packing costs a GPU little. On a CPU a broadcast costs little, and packing as much as
+the wire.
+"""
 
 from __future__ import annotations
 
@@ -36,20 +40,44 @@ class Entry:
 
 @dataclass(frozen=True)
 class Bucket:
-    """A flat buffer and what lies where in it."""
+    """Tensors that travel together, and what lies where."""
 
-    flat: torch.Tensor
-    """`[bytes]` uint8, on the policy's device."""
+    pieces: tuple[torch.Tensor, ...]
+    """`[bytes]` uint8 each, on the policy's device: one flat buffer, or (apart) one for each entry."""
     entries: tuple[Entry, ...]
+    packed: bool = True
+    """The entries lie in one buffer."""
+    own: bool = True
+    """The memory is this bucket's alone. False: it is that of tensors that may change after the update."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.entries[-1].end
+
+    @property
+    def flat(self) -> torch.Tensor:
+        """`[bytes]` uint8: all of it end to end. A copy where the entries are apart."""
+        return self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces)
 
     def request(self) -> dict[str, Any]:
-        """The fields by which a server is told what the buffer holds."""
-        return {
+        """The fields by which a server is told what comes: one buffer, or a tensor for each name."""
+        fields: dict[str, Any] = {
             "names": [entry.name for entry in self.entries],
             "dtypes": [str(entry.dtype).removeprefix("torch.") for entry in self.entries],
             "shapes": [list(entry.shape) for entry in self.entries],
-            "load_format": "flattened_bucket",
         }
+        return fields | ({"load_format": "flattened_bucket"} if self.packed else {})
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What is broadcast, in order: the buffer, or each tensor as it is."""
+        if self.packed:
+            return list(self.pieces)
+        return [p.view(e.dtype).reshape(e.shape) for p, e in zip(self.pieces, self.entries, strict=True)]
+
+    def copied(self) -> Bucket:
+        """The same in memory of its own."""
+        return self if self.own else Bucket(tuple(piece.clone() for piece in self.pieces), self.entries, self.packed)
 
     def write(self, path: Path) -> None:
         """Write a safetensors file. Its format is a length, a JSON header and the very bytes of `flat`: written here
@@ -66,25 +94,30 @@ class Bucket:
         text += b" " * (-len(text) % 8)
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            file.write(self.flat.cpu().numpy().data)
+            for piece in self.pieces:
+                file.write(piece.cpu().numpy().data)
 
 
-def buckets(stream: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[Bucket]:
-    """Copy a stream of tensors into buckets of at most `limit` bytes (more only for a single larger tensor)."""
+def buckets(stream: Iterable[tuple[str, torch.Tensor]], limit: int, *, packed: bool = True) -> Iterator[Bucket]:
+    """A stream of tensors as buckets of at most `limit` bytes (more only for a single larger tensor).
+
+    `packed`: tensors that share a bucket are copied into one buffer; one that is alone in its bucket is not. Otherwise
+    nothing is copied that is contiguous.
+    """
     gathered: list[tuple[str, torch.Tensor]] = []
     size = 0
     for name, tensor in stream:
         more = tensor.numel() * tensor.element_size()
         if gathered and size + more > limit:
-            yield flatten(gathered)
+            yield make_bucket(gathered, packed=packed)
             gathered, size = [], 0
         gathered.append((name, tensor.detach()))
         size += more
     if gathered:
-        yield flatten(gathered)
+        yield make_bucket(gathered, packed=packed)
 
 
-def flatten(tensors: Iterable[tuple[str, torch.Tensor]]) -> Bucket:
+def make_bucket(tensors: Iterable[tuple[str, torch.Tensor]], *, packed: bool = True) -> Bucket:
     """One bucket of `tensors`. Wide types come first, so that every tensor is aligned to its type."""
     ordered = sorted(tensors, key=lambda item: -item[1].element_size())
     entries, start = [], 0
@@ -92,7 +125,10 @@ def flatten(tensors: Iterable[tuple[str, torch.Tensor]]) -> Bucket:
         end = start + tensor.numel() * tensor.element_size()
         entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), start, end))
         start = end
+    if not packed or len(ordered) == 1:
+        pieces = tuple(tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in ordered)
+        return Bucket(pieces, tuple(entries), packed, own=False)
     flat = torch.empty(start, dtype=torch.uint8, device=ordered[0][1].device)
     for entry, (_, tensor) in zip(entries, ordered, strict=True):
         flat[entry.start : entry.end].view(tensor.dtype).copy_(tensor.reshape(-1))
-    return Bucket(flat, tuple(entries))
+    return Bucket((flat,), tuple(entries))

@@ -36,13 +36,14 @@ class GroupTransport(Transport):
         """`session` names the trainer's process in group names; `timeout_s` bounds every step."""
         self.loop, self.device, self.session, self.timeout_s = loop, device, session, timeout_s
         self.backend = "nccl" if device.type == "cuda" else "gloo"
+        self.packs = self.backend == "nccl"
         self.epoch = 0
         self.members: list[Server] = []
         self.joined: tuple[tuple[str, str], ...] = ()
         """Incarnations of the servers in the group; empty without one."""
         self.group: Any = None
         self.failure: str | None = None
-        self._pending: tuple[Any, list[Future[Any]], Bucket] | None = None
+        self._pending: tuple[list[Any], list[Future[Any]], Bucket] | None = None
         self._given_up: list[Any] = []
         """Groups whose broadcast nobody joined: destroyed, they would wait for it."""
 
@@ -117,7 +118,7 @@ class GroupTransport(Transport):
             if label is not None:
                 body["weight_version"] = label
             futures = [self._post(server, "/update_weights_from_distributed", body) for server in self.members]
-            self._pending = (broadcast(self.group, bucket.flat), futures, bucket)
+            self._pending = ([broadcast(self.group, each) for each in bucket.tensors()], futures, bucket)
         except (GroupFailed, RuntimeError) as error:
             self._fail(str(error))
 
@@ -135,10 +136,11 @@ class GroupTransport(Transport):
         """The bucket on its way has arrived everywhere. GroupFailed when a server refused or fell silent."""
         if self._pending is None:
             return
-        work, futures, _ = self._pending
+        works, futures, _ = self._pending
         self._settled(futures)
         self._pending = None
-        work.wait()
+        for work in works:
+            work.wait()
 
     def _fail(self, why: str) -> None:
         """Give up the group: this update, and the next one gets a new epoch."""

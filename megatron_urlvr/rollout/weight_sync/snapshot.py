@@ -48,8 +48,9 @@ class Snapshots:
         """Write a bucket behind the scenes. Raises OSError of an earlier one that failed."""
         file = f"model-{len(self._pending):05d}.safetensors"
         self._map |= {entry.name: file for entry in bucket.entries}
-        self._bytes += bucket.flat.numel()
-        self._pending.append(self._writer.submit(bucket.write, self._partial / file))
+        self._bytes += bucket.size
+        # Copied where need be: it may be written when the policy has moved on.
+        self._pending.append(self._writer.submit(bucket.copied().write, self._partial / file))
         if len(self._pending) > AHEAD:
             self._pending[-1 - AHEAD].result()
 

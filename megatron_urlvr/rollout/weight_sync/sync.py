@@ -23,9 +23,12 @@ from ..pool import Server, ServerPool
 from .buckets import Bucket, buckets
 from .snapshot import Snapshots
 from .transport import Transport
+from .verify import Checksums, read_checksums
 
 SAY_EVERY_S = 15.0
 ASK_AGAIN_S = 0.5
+PACKED_MB, APART_MB = 512, 48
+"""Size of buckets where `servers.bucket_mb` says nothing. On a CPU larger ones are new memory each time."""
 
 
 class WeightSync:
@@ -49,6 +52,8 @@ class WeightSync:
         self.metrics: dict[str, float] = {}
         self._held_back: Bucket | None = None
         self._problem: Exception | None = None
+        self._checksums: Checksums | None = None
+        self._limit = (settings.bucket_mb or (PACKED_MB if transport.packs else APART_MB)) << 20
 
     def begin(self, label: str) -> None:
         """Pause every server there is.
@@ -64,16 +69,19 @@ class WeightSync:
         self.snapshots.begin(label)
         self.transport.open(self.members, restarted=restarted)
         self._held_back, self._problem = None, None
+        self._checksums = Checksums() if self.settings.verify else None
         self.metrics = {"sync/seconds_pause": time.perf_counter() - started, "sync/buckets": 0.0, "sync/gb": 0.0}
         self._sending = time.perf_counter()
 
     def send(self, stream: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Send a part of the weights. All of `stream` is consumed whatever happens; `end` raises what did."""
-        for bucket in buckets(stream, self.settings.bucket_mb << 20):
+        for bucket in buckets(stream, self._limit, packed=self.transport.packs):
             if self._problem is None:
                 try:
                     self._send_one(self._held_back, None)
                     self.snapshots.add(bucket)
+                    if self._checksums is not None:
+                        self._checksums.add(bucket)
                 except OSError as error:
                     self._problem = error
             self._held_back = bucket
@@ -82,7 +90,7 @@ class WeightSync:
         if bucket is not None:
             self.transport.send(bucket, label)
             self.metrics["sync/buckets"] += 1
-            self.metrics["sync/gb"] += bucket.flat.numel() / 1e9
+            self.metrics["sync/gb"] += bucket.size / 1e9
 
     def end(self) -> None:
         """The servers that hold the new weights serve again; the others stay fenced. RolloutFailed when the snapshot
@@ -104,6 +112,38 @@ class WeightSync:
         self.loop.run(self._resume({id(server) for server in carried}))
         self.metrics["sync/seconds_resume"] = time.perf_counter() - started
         self.metrics["sync/servers"] = float(len(self.members))
+        if self._checksums is not None:
+            self._verify(self._checksums)
+
+    def _verify(self, sent: Checksums) -> None:
+        """Hold the servers' checksums against the policy's, or against each other where they hash otherwise than here.
+        RolloutFailed when weights did not arrive as they were sent."""
+        started = time.perf_counter()
+        members = [server for server in self.members if server.state == "up"]
+        found = self.loop.run(self._checksums_of(members))
+        for server, ranks in zip(members, found, strict=True):
+            if self.settings.policy.device == "cpu" and server.tp == 1:
+                wrong, whose = sent.wrong(ranks[0]), "the policy"
+            else:
+                wrong = sorted(
+                    {name for a, b in zip(found[0], ranks, strict=False) for name in a if a[name] != b.get(name)}
+                )
+                whose = members[0].id
+            if wrong:
+                raise RolloutFailed(
+                    f"servers.verify: after the update to {self.label} {server.id} and {whose} differ in {len(wrong)}"
+                    f" tensors, {wrong[0]} among them; try servers.transport=disk, and look for another SGLang"
+                )
+        self.metrics["sync/verified"] = float(len(members))
+        self.metrics["sync/seconds_verify"] = time.perf_counter() - started
+
+    async def _checksums_of(self, servers: Sequence[Server]) -> list[list[dict[str, str]]]:
+        limit, body = self.settings.sync_timeout_s, {"action": "checksum"}
+        try:
+            answers = await asyncio.gather(*(s.client.call("/weights_checker", body, timeout=limit) for s in servers))
+            return [read_checksums(answer) for answer in answers]
+        except (Fault, ValueError) as problem:
+            raise RolloutFailed(f"servers.verify: a server gave no checksums of its weights: {problem}") from problem
 
     # -- on the loop's thread -----------------------------------------------------------------------------------------
 

@@ -17,6 +17,9 @@ class Transport(ABC):
     the snapshot instead. All methods run on the main thread.
     """
 
+    packs: bool = True
+    """Whether buckets are to be packed into one buffer."""
+
     @abstractmethod
     def open(self, members: Sequence[Server], *, restarted: bool) -> None:
         """An update for `members` begins. `restarted`: one of them is not the process it was."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,8 @@ def tensors(count: int, seed: int) -> dict[str, torch.Tensor]:
 def contents(bucket: Bucket) -> dict[str, torch.Tensor]:
     """As a server takes it apart: by the request's names, types and shapes, in order."""
     request, start, found = bucket.request(), 0, {}
+    if "load_format" not in request:  # a tensor for each name
+        return dict(zip(request["names"], bucket.tensors(), strict=True))
     assert request["load_format"] == "flattened_bucket"
     for name, kind, shape in zip(request["names"], request["dtypes"], request["shapes"], strict=True):
         dtype = getattr(torch, kind)
@@ -44,11 +47,12 @@ def contents(bucket: Bucket) -> dict[str, torch.Tensor]:
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(0, 12), st.integers(1, 400), st.integers(0, 99))
-def test_buckets_hold_every_tensor_once_and_to_the_bit(count: int, limit: int, seed: int) -> None:
+@given(st.integers(0, 12), st.integers(1, 400), st.integers(0, 99), st.booleans())
+def test_buckets_hold_every_tensor_once_and_to_the_bit(count: int, limit: int, seed: int, packed: bool) -> None:
     given_tensors, found = tensors(count, seed), {}
-    for bucket in buckets(iter(given_tensors.items()), limit):
+    for bucket in buckets(iter(given_tensors.items()), limit, packed=packed):
         part = contents(bucket)
+        assert bucket.size == bucket.flat.numel() == sum(t.nbytes for t in part.values())
         assert not found.keys() & part.keys()
         assert bucket.flat.numel() <= limit or len(part) == 1
         found |= part
@@ -58,11 +62,14 @@ def test_buckets_hold_every_tensor_once_and_to_the_bit(count: int, limit: int, s
         assert torch.equal(found[name], tensor)
 
 
-def test_a_bucket_keeps_its_values_when_the_policy_moves_on() -> None:
-    weight = torch.ones(4)
-    [bucket] = buckets([("w", weight)], 1000)
+def test_tensors_that_share_a_bucket_are_copied_and_one_alone_is_not() -> None:
+    weight, other = torch.ones(4), torch.ones(4)
+    [shared] = buckets([("w", weight), ("v", other)], 1000)
+    [alone] = buckets([("w", weight)], 1000)
+    assert (shared.own, alone.own) == (True, False)
     weight.zero_()
-    assert torch.equal(contents(bucket)["w"], torch.ones(4))
+    assert torch.equal(contents(shared)["w"], torch.ones(4))
+    assert torch.equal(contents(alone)["w"], torch.zeros(4))
 
 
 @pytest.fixture
@@ -105,3 +112,16 @@ def test_a_snapshot_that_cannot_be_written_says_so(tmp_path: Path, model: Path) 
     snapshots.add(bucket)
     with pytest.raises(FileNotFoundError):
         snapshots.commit().result()
+
+
+def test_a_snapshot_keeps_its_values_when_the_policy_moves_on(model: Path, tmp_path: Path) -> None:
+    snapshots, weight, gate = Snapshots(tmp_path / "snapshots", model), torch.ones(4), threading.Event()
+    snapshots.begin("a")
+    snapshots._writer.submit(gate.wait)  # the disk is slow
+    for bucket in buckets([("w", weight)], 1000):
+        snapshots.add(bucket)
+    ready = snapshots.commit()
+    weight.zero_()
+    gate.set()
+    assert torch.equal(load_file(ready.result() / "model-00000.safetensors")["w"], torch.ones(4))
+    snapshots.close()
