@@ -113,8 +113,11 @@ def install(folder: Path, options: list[str]) -> None:
 
 
 def index_options(pip: list[str]) -> list[str]:
-    """The indexes that pip is configured with, for uv, which does not read pip's files."""
+    """The indexes that pip is configured with, for uv, which does not read pip's files; a certificate file goes into
+    this process's environment."""
     said = subprocess.run([*pip, "config", "list"], check=True, capture_output=True, text=True).stdout
+    if cert := re.search(r"^\S*\.cert='(.*)'$", said, flags=re.MULTILINE):
+        os.environ.setdefault("SSL_CERT_FILE", cert[1])
     names = {"index-url": "--index-url", "extra-index-url": "--extra-index-url", "find-links": "--find-links"}
     found = dict.fromkeys(
         (names[key], value)
