@@ -101,7 +101,7 @@ def _report(
         table = folder / f"eval_{name}.{each}.problems.jsonl"
         write_text(table, "".join(json.dumps(row) + "\n" for row in problem_table(rows)))
         for key, value in metrics.items():
-            print(f"{each:>16}  {key:<28} {value:.4f}")
+            print(f"{each:>16}  {key:<36} {value:.4f}")
         print(f"{each:>16}  problems, one by one: {table}")
     print(f"{what}; written to {out}")
 

@@ -21,6 +21,8 @@ from .audit import Sums
 
 NGRAM = 4
 """Tokens of the n-grams whose repetition is counted."""
+_MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 1], dtype=np.uint64)
+"""Odd multipliers of an n-gram's places, modulo 2^64: two n-grams meet by chance once in some 10^19 pairs."""
 
 
 class GroupAnswers(TypedDict):
@@ -106,4 +108,5 @@ def _distinct(tokens: NDArray[np.uint64]) -> int:
     """Different n-grams of a response `[T]`."""
     if len(tokens) < NGRAM:
         return 0
-    return len(np.unique(np.lib.stride_tricks.sliding_window_view(tokens, NGRAM), axis=0))
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, NGRAM)
+    return len(np.unique((windows * _MIX).sum(axis=1, dtype=np.uint64)))  # one number each: far faster than rows
