@@ -71,10 +71,10 @@ def test_pretrain_reads_its_own_kind_of_config(urlvr, stand_in):
 
 
 def test_eval_passes_checkpoint_and_sets(urlvr, stand_in, config_file):
-    calls = stand_in("megatron_urlvr.evaluate", "main")
-    assert urlvr("eval", config_file, "--checkpoint", "step_000050", "--set", "held_out").code == 0
+    calls = stand_in("megatron_urlvr.commands.evaluate", "main")
+    assert urlvr("eval", config_file, "--checkpoint", "step_000050", "--set", "held_out", "--reward", "all").code == 0
     assert urlvr("eval", config_file).code == 0
-    assert [call[1:] for call in calls] == [("step_000050", ["held_out"]), (None, None)]
+    assert [call[1:] for call in calls] == [("step_000050", ["held_out"], ["all"]), (None, None, None)]
 
 
 def test_eval_of_a_set_that_is_not_there_is_unusable_input(urlvr, config_file):
