@@ -80,19 +80,24 @@ class Parts:
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """Graded groups of this replica's prompts, in their order, on all its ranks."""
+        return self.collect(prompts, lambda engine: engine.generate(prompts, sampling))
+
+    def collect(self, prompts: Sequence[Prompt], ask: Callable[[RolloutEngine], Iterator[Group]]) -> list[Group]:
+        """As `generate`, of what `ask` gets from the engine. What fails on one leader is raised on all ranks."""
         groups = None
         with agreed(self.layout):
             if self.engine is not None:
-                found = {group.prompt.id: group for group in self.engine.generate(prompts, sampling)}
+                found = {group.prompt.id: group for group in ask(self.engine)}
                 groups = [found[prompt.id] for prompt in prompts]
         groups = share_groups(groups, self.layout)
         annotate(groups, self.grader_of)
         return groups
 
-    def engine_metrics(self) -> dict[str, float]:
-        """What the replicas' engines measured since the last call, added up."""
+    def engine_metrics(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """What the replicas' engines measured since the last call, and this replica's `counts`, added up."""
+        mine = {} if self.engine is None else self.engine.metrics() | self.signals.metrics() | dict(counts)
         total: dict[str, float] = {}
-        for measured in gather_from_leaders({} if self.engine is None else self.engine.metrics(), self.layout):
+        for measured in gather_from_leaders(mine, self.layout):
             for name, value in measured.items():
                 total[name] = total.get(name, 0.0) + value
         return total

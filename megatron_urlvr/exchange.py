@@ -62,6 +62,8 @@ def hand_over(
         finally:
             for _ in weights:
                 pass
+    if engine is not None:
+        engine.resume()
 
 
 def gather_from_leaders(value: Any, layout: Layout) -> list[Any]:
@@ -78,10 +80,15 @@ def merge_sums(sums: Sums, layout: Layout) -> Sums:
     return merge(parts)
 
 
+def largest(value: int, layout: Layout) -> int:
+    """The largest of all ranks' values."""
+    if layout.world_size == 1:
+        return value
+    found = torch.tensor(value)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=layout.control)
+    return int(found)
+
+
 def any_rank(flag: bool, layout: Layout) -> bool:
     """Whether any rank raised its flag."""
-    if layout.world_size == 1:
-        return flag
-    value = torch.tensor(int(flag))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=layout.control)
-    return bool(value)
+    return bool(largest(int(flag), layout))

@@ -101,6 +101,11 @@ class RunDir:
         """Where rollout servers announce themselves."""
         return self.path / "servers"
 
+    @property
+    def ledger(self) -> Path:
+        """Finished groups of steps that no checkpoint has committed yet."""
+        return self.path / "ledger"
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / step_name(step)
 

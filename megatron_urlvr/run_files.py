@@ -21,6 +21,7 @@ from .layout import Layout, broadcast_json
 from .monitor.writers import Writers, build_writers
 from .policy import checkpoint
 from .policy.policy import Policy
+from .rollout.ledger import Ledger
 from .rollout.records import group_to_record, write_records
 from .run_dir import RunDir, State, write_json, write_text
 from .step_lines import StepLines
@@ -53,6 +54,10 @@ class RunFiles:
         self.writers = Writers([])
         self.finished: int | None = None
         """The folder holds this very run, and it has come to its end, with this exit code."""
+        self.ledger: Ledger | None = None
+        """On replica leaders, where finished groups cost too much to be generated again."""
+        if config.rollout.engine == "sglang" and layout.is_leader:
+            self.ledger = Ledger(folder.ledger, layout.dp_rank)
         self._began = False
         """status.json says `running`, or how this very process or another rank ended."""
         self._saved: int | None = None
@@ -90,7 +95,7 @@ class RunFiles:
         would overwrite."""
         folder, steps = self.folder, self.config.run.steps
         has_checkpoints = bool(checkpoint.list_checkpoints(folder.checkpoints))
-        if not has_checkpoints and not StepLines(folder.metrics).rows():
+        if not has_checkpoints and not StepLines(folder.metrics).rows() and not Ledger(folder.ledger, 0).steps():
             return None
         if not folder.config.exists():
             raise UnusableInput(
@@ -132,7 +137,7 @@ class RunFiles:
                 " move the folder away to start over"
             )
         hashes = dict(fingerprints) | {"model": _hash_model(Path(self.config.model.path))}
-        if problem := self._from_main(_changed_inputs(self.folder, hashes) if path and self.layout.is_main else ""):
+        if problem := self._from_main(_changed_inputs(self.folder, hashes) if self._goes_on(path) else ""):
             raise UnusableInput(problem)
         state = None if path is None else checkpoint.load(policy, path)
         self._saved = None if state is None else int(state["step"])
@@ -140,6 +145,10 @@ class RunFiles:
             self._write_start(path, damaged, hashes)
         self._began = True
         return state
+
+    def _goes_on(self, path: Path | None) -> bool:
+        """On the first rank, whether something of an earlier launch is used."""
+        return self.layout.is_main and (path is not None or bool(Ledger(self.folder.ledger, 0).steps()))
 
     def _write_start(self, path: Path | None, damaged: Sequence[str], hashes: Mapping[str, str]) -> None:
         """Cut the folder back to the checkpoint at `path` (None: to nothing), from where the run goes on."""
@@ -152,6 +161,8 @@ class RunFiles:
             StepLines(folder.evaluations(name)).truncate(step)
         for sampled in folder.samples_from(step + 1):
             sampled.unlink()
+        if self.ledger is None:  # what servers finished earlier has no place in what is sampled here from now on
+            shutil.rmtree(folder.ledger, ignore_errors=True)
         if path is not None:
             print(f"resumed after step {step} from {path} ({dropped} later rows of metrics dropped)", flush=True)
         folder.clear_done()
@@ -209,6 +220,8 @@ class RunFiles:
         trainer = {**state, "labels": gather_from_leaders(state["labels"], self.layout)}
         checkpoint.save(policy, self.folder.checkpoints, step, trainer, keep=self.config.checkpoint.keep)
         self._saved = step
+        if self.ledger is not None:  # the oldest checkpoint may be the one to go on from
+            self.ledger.forget(checkpoint.list_checkpoints(self.folder.checkpoints)[-1][0])
 
     def set_aside_after(self, step: int) -> None:
         """Rename the checkpoints after `step` to `collapsed_...`: the run was rolled back to it."""

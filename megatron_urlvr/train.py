@@ -1,10 +1,11 @@
 """The training loop.
 
-    prompts ─► engine.generate ─► groups ─► grade ─► policy.score (only when a reward needs it)
-                                               │
+    prompts ─► feed (engine, ledger) ─► groups ─► grade ─► policy.score (only when a reward needs it)
+                                                     │
     engine ◄─ weights ◄─ policy.update ◄─ advantage ◄─ reward        audit (labels) and metrics look on
 
-Every rank runs this. Each data-parallel replica owns its prompts; its leader speaks with the engine and hands the
+With `rollout.max_staleness` the engine works on the next batches while this one is trained on: see `feed.py`. Every
+rank runs this. Each data-parallel replica owns its prompts; its leader speaks with the engine and hands the
 groups to the replica. Rank 0 writes files. A signal is noticed between phases: the step in progress is given up, and
 the last completed one is saved. How a run ends is in `endings.py`.
 """
@@ -25,7 +26,8 @@ from .collapse_watch import Collapsed, CollapseWatch
 from .config.root import Config
 from .endings import run_to_its_end
 from .evaluate import Evaluator
-from .exchange import any_rank, derive_seed, hand_over, merge_sums, my_share
+from .exchange import any_rank, hand_over, merge_sums
+from .feed import Feed
 from .interrupts import Interrupts, Preempted
 from .layout import joined, world_size_from_environment
 from .monitor.audit import audit_sums, merge, rates, rollout_sums, term_sums
@@ -35,7 +37,7 @@ from .policy.optimizer import learning_rate
 from .rewards.combine import RewardResult
 from .rollout.faults import Abandoned, RolloutFailed
 from .run_files import RunFiles
-from .types import Group, Sampling
+from .types import Group
 
 
 def main(config: Config) -> int:
@@ -61,6 +63,7 @@ class Trainer:
         self.step = self.version = self.tokens = 0
         self.seconds: dict[str, float] = {}
         self.evaluator = Evaluator(config, parts, files)
+        self.feed = Feed(config, parts, files.ledger)
         self.watch = CollapseWatch(config.monitor.collapse, parts.layout, files.folder.snapshots)
         if parts.engine is not None:
             parts.engine.interrupted = lambda: interrupts.received is not None
@@ -108,7 +111,7 @@ class Trainer:
         """Generate, score, reward, update, hand the new weights to the engine."""
         self.heed_signals()
         with self.phase("generate"):
-            self.groups = groups = self.generate(step)
+            self.groups = groups = self.feed.take(step, version=self.version)
         self.heed_signals()
         with self.phase("score"):
             score_groups(self.config, self.parts, groups, trained=True)
@@ -129,18 +132,7 @@ class Trainer:
             with self.phase("sync"):
                 self.version += 1
                 self.push_weights()
-        return metrics | self.parts.engine_metrics()
-
-    def generate(self, step: int) -> list[Group]:
-        """Graded groups of this replica's share of the next prompts."""
-        rollout = self.config.rollout
-        prompts = my_share(self.parts.stream.next(rollout.sampled), self.parts.layout)
-        if self.parts.engine is not None:
-            self.parts.engine.begin_step(step)
-        seed = derive_seed(self.config.run.seed, "train", step)
-        return self.parts.generate(
-            prompts, Sampling(rollout.n_votes, rollout.max_new_tokens, rollout.temperature, seed=seed)
-        )
+        return metrics | self.parts.engine_metrics(self.feed.counted())
 
     def observe(self, groups: list[Group], results: list[RewardResult], step: int) -> dict[str, float]:
         """Metrics of the rollouts, without labels, and the audit against them, over all replicas."""
@@ -151,7 +143,9 @@ class Trainer:
         if self.evaluator.due(step):
             sums.append(divergence_from_start(self.parts, groups))
         sums.append({"tokens/step": (tokens, 1.0 / self.parts.layout.dp)})
-        return rates(merge_sums(merge(sums), self.parts.layout)) | self.watch.signals(groups)
+        sums.append(self.feed.age_sums(groups, self.version))
+        metrics = rates(merge_sums(merge(sums), self.parts.layout)) | self.feed.oldest_age(groups, self.version)
+        return metrics | self.watch.signals(groups)
 
     def update(self, groups: list[list[Row]]) -> dict[str, float]:
         """One optimizer step for each mini-batch; metrics are means over them."""
@@ -176,7 +170,7 @@ class Trainer:
         """
         self.files.log(self.step, metrics)
         self.completed = {"step": self.step, "version": self.version, "tokens": self.tokens}
-        self.completed |= {"stream": self.parts.stream.state_dict(), "labels": dict(self.parts.labels.uses)}
+        self.completed |= {"stream": self.feed.state_dict(), "labels": dict(self.parts.labels.uses)}
         self.completed |= {"watch": self.watch.state_dict()}
         self.untouched = True
 
@@ -196,6 +190,7 @@ class Trainer:
         if state is not None:
             self.restore(state)
             self.files.set_aside_after(self.step)
+            self.feed.forget_after(self.step)
         return state is not None
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
@@ -203,7 +198,7 @@ class Trainer:
         if state is None:
             return
         self.step, self.version, self.tokens = state["step"], state["version"], state["tokens"]
-        self.parts.stream.load_state_dict(state["stream"])
+        self.feed.load_state_dict(state["stream"])
         uses = state["labels"][self.parts.layout.dp_rank]
         self.parts.labels.uses.update(uses)
         if "watch" in state:  # not in checkpoints from before there was one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -54,6 +54,14 @@ STATISTICS: frozenset[str] = frozenset(f.name for f in fields(TokenStats))
 """Names a reward may list in `needs` that come from the policy's scoring pass."""
 
 
+class Span(NamedTuple):
+    """The tokens `start` to `end` (exclusive) of a response were sampled with the weights of `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
 @dataclass
 class Sample:
     """One response to one prompt."""
@@ -73,11 +81,23 @@ class Sample:
     answer: str | None = None
     """Extracted and normalised answer; None when the response has no parsable one."""
     stats: TokenStats | None = None
+    spans: tuple[Span, ...] = ()
+    """Which weights produced which tokens, in order, where they were updated meanwhile; empty: `version` did all."""
 
     @property
     def length(self) -> int:
         """Number of response tokens."""
         return len(self.tokens)
+
+    @property
+    def oldest(self) -> int:
+        """Version of the oldest weights that produced a token."""
+        return min((span.version for span in self.spans), default=self.version)
+
+    def ages(self, version: int) -> list[tuple[int, int]]:
+        """`(age, tokens)` of each span: by how many versions its weights are older than `version`."""
+        spans = self.spans or (Span(self.version, 0, len(self.tokens)),)
+        return [(version - span.version, span.end - span.start) for span in spans]
 
 
 @dataclass

@@ -80,6 +80,9 @@ class RolloutSection(Section):
     """Longest response, in tokens."""
     batch: int = Field(default=4096, ge=1)
     """Most sequences decoded at once by the embedded engine."""
+    max_staleness: int = Field(default=0, ge=0)
+    """How many versions the weights that sampled a token may be older than those it trains. 0: the next batch is
+    generated when this one is trained on; 1: meanwhile; k: up to k batches ahead. More than 0 needs servers."""
     replay_from: str | None = None
     """Run folder whose `rollouts/` the replay engine reads."""
     record: bool = False
@@ -91,6 +94,19 @@ class RolloutSection(Section):
             return "engine: replay needs replay_from, the folder of the run to replay"
         if self.engine != "replay" and self.replay_from:
             return f"replay_from = {self.replay_from!r} is read by engine: replay alone, and engine is {self.engine}"
+        return None
+
+    @rule("engine", "max_staleness")
+    def _ahead(self) -> str | None:
+        if self.max_staleness and self.engine != "sglang":
+            why = {
+                "embedded": "the embedded engine generates in the trainer's own process, while nothing is trained",
+                "replay": "recorded rollouts take no time",
+            }[self.engine]
+            return (
+                f"max_staleness = {self.max_staleness} with engine: {self.engine}: {why}; set max_staleness=0, or"
+                " engine=sglang"
+            )
         return None
 
     @rule("n_train", "n_votes")

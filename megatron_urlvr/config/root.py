@@ -153,6 +153,19 @@ class Config(Section):
             )
         return None
 
+    @rule("rollout.max_staleness", "algorithm.correction.old_logp", "algorithm.correction.method", "run.rollout_only")
+    def _age_is_corrected(self) -> str | None:
+        correction = self.algorithm.correction
+        untouched = correction.old_logp == "recomputed" and correction.method == "none"
+        if self.rollout.max_staleness and untouched and not self.run.rollout_only:
+            return (
+                f"rollout.max_staleness = {self.rollout.max_staleness} trains on tokens of older weights, and "
+                "algorithm.correction takes no notice of it: set algorithm.correction.old_logp=rollout (the loss's "
+                "ratio is then to the weights that sampled each token), or a method such as "
+                "algorithm.correction.method=truncate"
+            )
+        return None
+
     @rule("run.rollout_only", "rollout.engine")
     def _recording_a_replay(self) -> str | None:
         if self.run.rollout_only and self.rollout.engine == "replay":

@@ -44,6 +44,10 @@ class ServersSection(Section):
     transport: Literal["group", "disk"] = "group"
     """How weights travel. `group`: broadcast over a process group (NCCL, or gloo on a CPU); `disk`: servers read the
     snapshot. With both, a server that comes back in mid-step reads the snapshot."""
+    pause: Literal["retract", "in_place"] = "retract"
+    """What servers do with responses under way while weights are updated. `retract`: compute them again with the new
+    weights, and go on; `in_place`: go on with what they had computed with the old ones, which is quicker and mixes the
+    two inside a response's cache."""
     snapshot_dir: str | None = None
     """Folder that holds the newest weights; every server must see it. None: `servers/weights` in the run's folder."""
     verify: bool = False

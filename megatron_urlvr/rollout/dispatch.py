@@ -2,6 +2,10 @@
 
 schedule ─► request ─► answer checked ─► delivered ─► group complete ─► handed over
                └─ fault, counted ─► asked elsewhere          watch: probes, health, starvation
+
+Batches may run side by side: they share each server's limit, the more urgent one first. While weights are updated
+nobody is asked, and what servers were asked before goes on afterwards with the new weights. What a server had generated
+of a response when it gave it up is kept: the next request asks for the rest.
 """
 
 from __future__ import annotations
@@ -18,9 +22,10 @@ import aiohttp
 from ..config.servers import ServersSection
 from ..types import Prompt, Sampling
 from .answers import Answer, Expected, read_answer
-from .faults import Fault, FaultCounts, RolloutFailed
+from .faults import Aborted, Fault, FaultCounts, RolloutFailed
 from .pool import Server, ServerPool, in_need
 from .schedule import Job, Schedule
+from .versions import Versions
 
 TICK_S = 0.25
 SAY_EVERY_S = 15.0
@@ -49,29 +54,33 @@ class Dispatch:
         settings: ServersSection,
         *,
         model: Model,
-        label: str,
+        versions: Versions,
         limit: int,
         faults: FaultCounts,
         repair: Callable[[Server], Awaitable[None]] | None,
         emit: Callable[[int, list[Answer]], None],
     ) -> None:
-        """`limit`: requests this replica may have on one server; `emit` gets each prompt's position and answers, in
-        sample order, once."""
+        """`versions`: what the weights are called; tokens may come from those of now or newer ones. `limit`: requests
+        this replica may have on one server; `emit` gets each prompt's position and answers, in sample order, once."""
         self.pool, self.session, self.settings = pool, session, settings
-        self.model, self.label, self.limit, self.faults = model, label, limit, faults
+        self.model, self.versions, self.limit, self.faults = model, versions, limit, faults
+        self.oldest = versions.served
         self.repair, self.emit = repair, emit
         self.wake = asyncio.Event()
         self.tasks: set[asyncio.Task[None]] = set()
         self.error: BaseException | None = None
         self.starved_since: float | None = None
 
-    async def run(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        """Until every group was emitted. RolloutFailed when no server is left for `wait_s`."""
+    async def run(self, prompts: Sequence[Prompt], sampling: Sampling, *, ahead: bool = False) -> None:
+        """Until every group was emitted. `ahead`: less urgent than the batches that run already; otherwise more.
+        RolloutFailed when no server is left for `wait_s`."""
         self.prompts, self.sampling = prompts, sampling
         self.schedule = Schedule(len(prompts), sampling.n)
         self.found: list[dict[int, Answer]] = [{} for _ in prompts]
+        self.begun: dict[Job, Answer] = {}
         for server in self.pool.up():
             server.heard = asyncio.get_running_loop().time()
+        self.pool.waiting.insert(len(self.pool.waiting) if ahead else 0, self.wake)
         self._spawn(self._watch())
         try:
             while not self.schedule.finished:
@@ -81,42 +90,56 @@ class Dispatch:
                 self.wake.clear()
                 await self.wake.wait()
         finally:
+            self.pool.waiting.remove(self.wake)
             for task in self.tasks:
                 task.cancel()
             await asyncio.gather(*self.tasks, return_exceptions=True)
+            self.pool.stir()
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Any, server: Server | None = None) -> None:
+        """Start `work`; a request to `server` counts as its own until it ends."""
         task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
-        task.add_done_callback(self._ended)
+        if server is not None:
+            server.busy += 1
+        task.add_done_callback(lambda task: self._ended(task, server))
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, task: asyncio.Task[None], server: Server | None) -> None:
         self.tasks.discard(task)
         if not task.cancelled() and task.exception() is not None and self.error is None:
             self.error = task.exception()
         self.wake.set()
+        if server is not None:
+            server.busy -= 1
+            self.pool.stir()
 
     def _assign(self) -> None:
         """Give every server that may be asked what it can take."""
-        up = {server.id for server in self.pool.up()}
+        if self.pool.updating:
+            return
+        up = {server.id: server for server in self.pool.up()}
         for name in [name for name in self.schedule.places if name not in up]:
             self.schedule.leave(name)
-        for name in up:
-            self.schedule.join(name, self.limit)
+        for name, server in up.items():
+            others = server.busy - self.schedule.running_on(name)
+            self.schedule.join(name, max(0, self.limit - others))
         for name, job in list(self.schedule.assign()):
-            self._spawn(self._ask(self.pool.servers[name], job))
+            self._spawn(self._ask(up[name], job), up[name])
 
     # -- one request --------------------------------------------------------------------------------------------------
 
     async def _ask(self, server: Server, job: Job) -> None:
-        prompt = self.prompts[job.prompt]
-        request = f"{self.label}/{prompt.id}/{job.index}/{next(_requests)}"
+        prompt, begun = self.prompts[job.prompt], self.begun.get(job)
+        ids = [*prompt.tokens, *(begun.tokens if begun else ())]
+        longest = self.sampling.max_new_tokens - (len(begun.tokens) if begun else 0)
+        request = f"{self.versions.label}/{prompt.id}/{job.index}/{next(_requests)}"
         try:
-            payload = await server.client.call(
-                "/generate", self._body(prompt, request), timeout=self.settings.timeout_s
-            )
-            answer = read_answer(payload, self._expected(prompt, request))
+            body = self._body(ids, longest, request)
+            payload = await server.client.call("/generate", body, timeout=self.settings.timeout_s)
+            answer = read_answer(payload, self._expected(len(ids), longest, request)).after(begun)
         except Fault as fault:
+            if isinstance(fault, Aborted) and fault.beginning is not None:
+                self._go_on_from(job, fault.beginning.after(begun))
             self._failed(server, job, fault)
             return
         self.pool.good(server)
@@ -124,27 +147,33 @@ class Dispatch:
         if self.schedule.delivered(server.id, job):
             self._keep(job, answer)
 
-    def _body(self, prompt: Prompt, request: str) -> dict[str, Any]:
+    def _go_on_from(self, job: Job, beginning: Answer) -> None:
+        known = self.begun.get(job)
+        if known is None or len(known.tokens) < len(beginning.tokens):
+            self.begun[job] = beginning
+            self.faults.kept(len(beginning.tokens) - (len(known.tokens) if known else 0))
+
+    def _body(self, ids: list[int], longest: int, request: str) -> dict[str, Any]:
         return {
-            "input_ids": list(prompt.tokens),
+            "input_ids": ids,
             "rid": request,
             "return_logprob": True,
             "sampling_params": {
-                "max_new_tokens": self.sampling.max_new_tokens,
+                "max_new_tokens": longest,
                 "temperature": self.sampling.temperature,
                 "top_p": self.sampling.top_p,
                 "stop_token_ids": sorted(self.model.stop_ids),
             },
         }
 
-    def _expected(self, prompt: Prompt, request: str) -> Expected:
+    def _expected(self, sent: int, longest: int, request: str) -> Expected:
         return Expected(
             request=request,
-            prompt_tokens=len(prompt.tokens),
-            max_new_tokens=self.sampling.max_new_tokens,
+            prompt_tokens=sent,
+            max_new_tokens=longest,
             vocab_size=self.model.vocab_size,
             stop_ids=self.model.stop_ids,
-            label=self.label,
+            versions=self.versions.since(self.oldest),
             statistics=self.model.statistics,
         )
 
@@ -173,28 +202,36 @@ class Dispatch:
         said = 0.0
         while True:
             now = asyncio.get_running_loop().time()
-            self.pool.discover(self.session)
-            for server in in_need(list(self.pool.servers.values()), now):
-                self._spawn(self.pool.probe(server, self.label, self.repair))
-            for server in self.pool.up():
-                quiet = now - server.heard > self.settings.health_every_s
-                if quiet and not server.probing and self.schedule.running_on(server.id):
-                    self._spawn(self._check(server))
-            if self.pool.up():
-                self.wake.set()
+            if self.pool.updating:
+                self.starved_since = None
             else:
-                said = self._starve(now, said)
+                said = self._look_around(now, said)
             await asyncio.sleep(TICK_S)
+
+    def _look_around(self, now: float, said: float) -> float:
+        """One look at all servers. Returns when it was last said that there are none."""
+        self.pool.discover(self.session)
+        for server in in_need(list(self.pool.servers.values()), now):
+            self._spawn(self.pool.probe(server, self.versions.label, self.repair))
+        for server in self.pool.up():
+            quiet = now - server.heard > self.settings.health_every_s
+            if quiet and not server.probing and self.schedule.running_on(server.id):
+                self._spawn(self._check(server))
+        if not self.pool.up():
+            return self._starve(now, said)
+        self.wake.set()
+        return said
 
     async def _check(self, server: Server) -> None:
         """Health of a server that owes answers. Out of the pool when it fails: what it has is asked for elsewhere."""
-        server.probing = True
+        server.probing, updates = True, self.pool.updates
         try:
             await server.client.check_health(self.settings.health_timeout_s)
             server.heard = asyncio.get_running_loop().time()
         except Fault as fault:
-            self.faults.add(fault)
-            self.pool.drop(server, f"health: {fault}")
+            if self.pool.updates == updates:  # one that was paused for an update cannot generate
+                self.faults.add(fault)
+                self.pool.drop(server, f"health: {fault}")
         finally:
             server.probing = False
 

@@ -15,8 +15,11 @@ class RolloutEngine(ABC):
 
     Invariants: groups come back complete, each once, in any order; a sample's tokens depend on the weights, the
     prompt, `Sampling` and the sample's index alone, never on what shares its batch. Between `begin_update` and
-    `end_update` nothing is generated.
+    `resume` nothing is generated.
     """
+
+    overlaps: bool = False
+    """Generates while this process does other things: `start` begins at once, and goes on across updates."""
 
     version: int = 0
     """Version of the weights in use."""
@@ -31,9 +34,19 @@ class RolloutEngine(ABC):
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
         """`sampling.n` samples for each prompt, as groups finish."""
 
+    def start(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, keep: Callable[[Group], None] | None = None
+    ) -> Iterator[Group]:
+        """As `generate`, for groups that are wanted later; what `generate` is asked for goes first. Where the engine
+        `overlaps` it begins at once. `keep` gets each group when it is finished, maybe on another thread."""
+        for group in self.generate(prompts, sampling):
+            if keep is not None:
+                keep(group)
+            yield group
+
     @abstractmethod
     def begin_update(self, version: int) -> None:
-        """Announce new weights; generation is over until `end_update`."""
+        """Announce new weights; generation rests until `resume`."""
 
     @abstractmethod
     def update(self, bucket: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -42,6 +55,9 @@ class RolloutEngine(ABC):
     @abstractmethod
     def end_update(self) -> None:
         """All tensors have been handed over: serve the announced version."""
+
+    def resume(self) -> None:  # noqa: B027 - engines of their own have nothing to wait for
+        """Every replica's engine has ended the update: generation goes on."""
 
     def metrics(self) -> dict[str, float]:
         """What the engine measured since the last call; counts, which add up over replicas."""

@@ -45,6 +45,8 @@ class Server:
     heard: float = 0.0
     """Loop time of its last good answer."""
     probing: bool = field(default=False, repr=False)
+    busy: int = 0
+    """Requests of this replica that it works on."""
 
     @property
     def tp(self) -> int:
@@ -74,7 +76,44 @@ class ServerPool:
         """`folder`: where servers announce themselves, read when the pool lists no URLs."""
         self.pool, self.settings, self.folder, self.name = pool, servers, folder, name
         self.servers: dict[str, Server] = {}
+        self.updating = False
+        """Weights are being handed over: nobody is asked, probed or judged until that is over."""
+        self.updates = 0
+        """Updates begun so far."""
+        self.waiting: list[asyncio.Event] = []
+        """What is set when servers may take more, in order of urgency."""
         self._complained: set[str] = set()
+
+    def stir(self) -> None:
+        """Somebody may be asked again: let all who wait look, the most urgent first."""
+        for event in self.waiting:
+            event.set()
+
+    def begin_update(self) -> None:
+        """Weights are about to be handed over."""
+        self.updating = True
+        self.updates += 1
+
+    def end_update(self) -> None:
+        """That is over."""
+        self.updating = False
+        self.stir()
+
+    async def verify(self, label: str) -> None:
+        """Ask every server which weights it holds: those with `label` may be asked, the others are out."""
+
+        async def one(server: Server) -> None:
+            try:
+                held = await server.client.label(self.settings.health_timeout_s)
+            except Fault as fault:
+                self.drop(server, str(fault))
+                return
+            if held == label:
+                self.admit(server)
+            else:
+                self.drop(server, f"fenced: it holds the weights {held}, wanted are {label}")
+
+        await asyncio.gather(*(one(server) for server in self.servers.values()))
 
     def discover(self, session: aiohttp.ClientSession) -> None:
         """Take in servers that appeared, let go of those that withdrew or were replaced."""
@@ -135,7 +174,7 @@ class ServerPool:
         without it such a server stays fenced. Never raises Fault."""
         if server.probing:
             return
-        server.probing = True
+        server.probing, updates = True, self.updates
         try:
             held = await server.client.label(self.settings.health_timeout_s)
             if held != label and repair is not None:
@@ -145,6 +184,9 @@ class ServerPool:
                 self.drop(server, f"fenced: it holds the weights {held}, wanted are {label}")
                 return
             await server.client.check_health(self.settings.health_timeout_s)
+            if self.updates != updates:
+                self.drop(server, "weights were updated while it came back")
+                return
             self.admit(server)
         except Fault as fault:
             self.drop(server, str(fault))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import zstandard
 
-from ..types import STATISTICS, Group, Prompt, Sample, TokenStats
+from ..types import STATISTICS, Group, Prompt, Sample, Span, TokenStats
 
 
 def pack_floats(tensor: torch.Tensor | None) -> str | None:
@@ -42,6 +42,8 @@ def group_to_record(group: Group) -> dict[str, Any]:
             "answer": sample.answer,
             "logp": pack_floats(sample.logp),
         }
+        if sample.spans:
+            record["spans"] = [list(span) for span in sample.spans]
         if sample.stats is not None:
             record["stats"] = {name: pack_floats(sample.stats.get(name)) for name in sorted(sample.stats.present())}
         samples.append(record)
@@ -73,6 +75,7 @@ def group_from_record(record: Mapping[str, Any]) -> Group:
                 version=item["version"],
                 answer=item["answer"],
                 stats=stats,
+                spans=tuple(Span(*span) for span in item.get("spans", ())),
             )
         )
     signals = {name: unpack_floats(value) for name, value in record.get("signals", {}).items()}

@@ -33,7 +33,7 @@ class _Place:
     @property
     def load(self) -> float:
         """Samples it has, over those it can work on."""
-        return (len(self.running) + len(self.queue)) / self.limit
+        return (len(self.running) + len(self.queue)) / max(1, self.limit)
 
 
 class Schedule:
@@ -60,8 +60,8 @@ class Schedule:
         return len(place.running) if place else 0
 
     def join(self, server: str, limit: int) -> None:
-        """`server` takes requests from now on, `limit` at once."""
-        self.places.setdefault(server, _Place(max(1, limit)))
+        """`server` takes requests from now on, `limit` at once. Said again, the limit is another from now on."""
+        self.places.setdefault(server, _Place(limit)).limit = limit
 
     def leave(self, server: str) -> None:
         """`server` gets no more requests; what was queued for it alone goes elsewhere. Running ones end by

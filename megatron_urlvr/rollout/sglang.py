@@ -1,11 +1,15 @@
-"""The SGLang engine: rollouts from servers elsewhere, reached over HTTP; weights pushed by the first replica."""
+"""The SGLang engine: rollouts from servers elsewhere, reached over HTTP; weights pushed by the first replica.
+
+main thread      generate, start ─┐         ┌─► groups           begin_update ─► update ─► end_update ─► resume
+loop's thread                     └► dispatch (requests, retries, faults)  ◄─ pauses, and goes on with new weights
+finisher's thread                       └► decode ─► keep (the ledger) ─┘
+"""
 
 from __future__ import annotations
 
-import queue
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,10 +22,12 @@ from ..types import Group, Prompt, Sample, Sampling
 from .answers import Answer
 from .dispatch import Dispatch, Model
 from .engine import RolloutEngine
-from .faults import Abandoned, FaultCounts
-from .loop import POLL_S, HttpLoop
+from .faults import FaultCounts
+from .flight import Flight
+from .loop import HttpLoop
 from .plugin import require_statistics
 from .pool import ServerHealth, ServerPool
+from .versions import Versions
 from .weight_sync.group import GroupTransport
 from .weight_sync.snapshot import Snapshots
 from .weight_sync.sync import WeightSync
@@ -30,6 +36,8 @@ from .weight_sync.transport import DiskTransport, Transport
 
 class SGLangEngine(RolloutEngine):
     """Asks the servers of the policy's pool. Sampling is the servers' own: seeds do not reach it."""
+
+    overlaps = True
 
     def __init__(
         self,
@@ -51,14 +59,14 @@ class SGLangEngine(RolloutEngine):
         for url in servers.policy.urls:
             if problem := key_problem(urlsplit(url).hostname or "", servers.api_key_env):
                 raise UnusableInput(f"servers.pools.{POLICY}.urls: {problem}.")
-        self.decode, self.served, self.session = decode, served, session
+        self.decode, self.served = decode, served
+        self.versions = Versions(session)
         self.limit = max(1, servers.policy.concurrency // replicas)
         self.loop = HttpLoop(api_key(servers.api_key_env))
         self.pool = ServerPool(servers.policy, servers, folder, name=POLICY)
         self.faults = FaultCounts()
+        self.finisher = ThreadPoolExecutor(1, thread_name_prefix="groups")
         self._asked_for_statistics = not served.statistics
-        self.version = 0
-        self._pending: int | None = None
         self.sync: WeightSync | None = None
         if pushes:
             snapshots = Snapshots(_snapshot_folder(servers, folder, session), model)
@@ -74,17 +82,15 @@ class SGLangEngine(RolloutEngine):
                 interrupted=lambda: self.interrupted(),
             )
 
-    def label(self, version: int) -> str:
-        """How the weights of `version` are called on servers."""
-        return f"{self.session}-{version}"
-
     # -- weights ------------------------------------------------------------------------------------------------------
 
     def begin_update(self, version: int) -> None:
         """See RolloutEngine. Waits for a server when there is none."""
-        self._pending = version
+        self.versions.coming = version
         if self.sync is not None:
-            self.sync.begin(self.label(version))
+            self.sync.begin(self.versions.of(version))
+        else:
+            self.loop.run(_now(self.pool.begin_update))
 
     def update(self, bucket: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See RolloutEngine."""
@@ -96,62 +102,70 @@ class SGLangEngine(RolloutEngine):
 
     def end_update(self) -> None:
         """See RolloutEngine."""
-        assert self._pending is not None, "end_update without begin_update"
+        assert self.versions.coming is not None, "end_update without begin_update"
         if self.sync is not None:
             self.sync.end()
             if not self._asked_for_statistics:
                 self._asked_for_statistics = True
                 up = [server.client for server in self.pool.up()]
                 self.loop.run(require_statistics(up, self.served.statistics, self.settings.timeout_s))
-        else:
-            # What this replica knew is out of date: every server is asked again for the weights it holds.
-            self.loop.run(self._forget())
-        self.version, self._pending = self._pending, None
+        self.version = self.versions.served = self.versions.coming
+        self.versions.coming = None
 
-    async def _forget(self) -> None:
-        self.pool.servers.clear()
+    def resume(self) -> None:
+        """See RolloutEngine. A replica that pushes nothing asks every server which weights it holds by now."""
+        self.loop.run(self._resume())
+
+    async def _resume(self) -> None:
+        if self.sync is None:
+            self.pool.discover(self.loop.session)
+            await self.pool.verify(self.versions.label)
+        self.pool.end_update()
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Flight:
         """Groups as they finish. RolloutFailed when no server is left; Abandoned when asked to stop."""
-        assert self._pending is None, "generate between begin_update and end_update"
-        finished: queue.SimpleQueue[tuple[int, list[Answer]]] = queue.SimpleQueue()
-        work = self.loop.submit(self._dispatch(prompts, sampling, lambda p, answers: finished.put((p, answers))))
-        try:
-            for _ in prompts:
-                place, answers = self._next(finished, work)
-                yield self._group(prompts[place], answers)
-        finally:
-            work.cancel()
+        return self._launch(prompts, sampling, None, ahead=False)
+
+    def start(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, keep: Callable[[Group], None] | None = None
+    ) -> Flight:
+        """See RolloutEngine."""
+        return self._launch(prompts, sampling, keep, ahead=True)
+
+    def _launch(
+        self, prompts: Sequence[Prompt], sampling: Sampling, keep: Callable[[Group], None] | None, *, ahead: bool
+    ) -> Flight:
+        assert self.versions.coming is None, "generate between begin_update and end_update"
+        flight = Flight(len(prompts), lambda: self.interrupted())
+
+        def finish(prompt: Prompt, answers: Sequence[Answer]) -> None:
+            group = self._group(prompt, answers)
+            if keep is not None:
+                keep(group)
+            flight.land(group)
+
+        def emit(place: int, answers: list[Answer]) -> None:
+            self.finisher.submit(flight.guarded, finish, prompts[place], answers)
+
+        flight.fly(self.loop.submit(self._dispatch(prompts, sampling, emit, ahead)), self.finisher)
+        return flight
 
     async def _dispatch(
-        self, prompts: Sequence[Prompt], sampling: Sampling, emit: Callable[[int, list[Answer]], None]
+        self, prompts: Sequence[Prompt], sampling: Sampling, emit: Callable[[int, list[Answer]], None], ahead: bool
     ) -> None:
         await Dispatch(
             self.pool,
             self.loop.session,
             self.settings,
             model=self.served,
-            label=self.label(self.version),
+            versions=self.versions,
             limit=self.limit,
             faults=self.faults,
             repair=self.sync.repair if self.sync is not None else None,
             emit=emit,
-        ).run(prompts, sampling)
-
-    def _next(
-        self, finished: queue.SimpleQueue[tuple[int, list[Answer]]], work: Future[None]
-    ) -> tuple[int, list[Answer]]:
-        while True:
-            try:
-                return finished.get(timeout=POLL_S)
-            except queue.Empty:
-                if work.done() and finished.empty():
-                    work.result()
-                    raise RuntimeError("generation ended before its last group") from None
-                if self.interrupted():
-                    raise Abandoned from None
+        ).run(prompts, sampling, ahead=ahead)
 
     def _group(self, prompt: Prompt, answers: Sequence[Answer]) -> Group:
         samples = [
@@ -162,7 +176,8 @@ class SGLangEngine(RolloutEngine):
                 text=self.decode(answer.tokens[:-1] if answer.finish == "stop" else answer.tokens),
                 finish=answer.finish,
                 logp=answer.logp,
-                version=self.version,
+                version=answer.spans[-1].version,
+                spans=answer.spans if len(answer.spans) > 1 else (),
                 stats=answer.stats,
             )
             for index, answer in enumerate(answers)
@@ -192,6 +207,12 @@ class SGLangEngine(RolloutEngine):
         if self.sync is not None:
             self.sync.close()
         self.loop.close()
+        self.finisher.shutdown()
+
+
+async def _now(call: Callable[[], None]) -> None:
+    """`call` on the loop's thread."""
+    call()
 
 
 def _snapshot_folder(servers: ServersSection, folder: Path, session: str) -> Path:

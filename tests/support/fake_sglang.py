@@ -131,9 +131,13 @@ class FakeServer:
         key: str | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
+        pace: Callable[[], float] | None = None,
         statistics: tuple[str, ...] = (),
     ) -> None:
+        """`pace` says how many seconds the next token takes; without it a response takes no time, and cannot meet an
+        update."""
         self.model, self.context, self.vocab_size, self.key = model, context, vocab_size, key
+        self.pace = pace
         self.statistics = statistics
         self.faults: Iterator[str | None] = iter(()) if faults is None else faults
         self.label = "default"
@@ -145,7 +149,17 @@ class FakeServer:
         """Paths that are answered with 400."""
         self.calls: Counter[str] = Counter()
         self.most_at_once = 0
+        self.asked: Counter[str] = Counter()
+        """How often each sample was asked for, by `<prompt>/<index>`."""
+        self.labels: list[str] = []
+        """Labels of all weights that were loaded, in order."""
         self._running = 0
+        self._steps = 0
+        """Tokens being computed."""
+        self._aborts = 0
+        """How often all requests were given up."""
+        self._kept = False
+        """Paused in place: requests hold on to what was computed for them."""
         self._updating = False
         self._groups: dict[str, Any] = {}
         self.held: dict[str, torch.Tensor] = {}
@@ -162,6 +176,7 @@ class FakeServer:
             "/pause_generation": self._pause,
             "/continue_generation": self._continue,
             "/flush_cache": self._flush,
+            "/abort_request": self._abort,
             "/update_weights_from_disk": self._from_disk,
             "/init_weights_update_group": self._join_group,
             "/destroy_weights_update_group": self._leave_group,
@@ -211,6 +226,7 @@ class FakeServer:
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        self.asked["/".join(body.get("rid", "").split("/")[1:-1])] += 1
         self._running += 1
         self.most_at_once = max(self.most_at_once, self._running)
         try:
@@ -227,32 +243,64 @@ class FakeServer:
             ids, params = body["input_ids"], body["sampling_params"]
             if len(ids) >= self.context:
                 return web.json_response({"error": {"message": "longer than the context"}}, status=400)
-            label = self.label
-            tokens, logps = await self._in_thread(self.model.generate, ids, params)
-            answer = self._answer(body, tokens, logps, label)
+            answer = await self._respond(body)
             return await self._spoilt(request, fault, answer, params)
         finally:
             self._running -= 1
+
+    async def _respond(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Sample a response, at once or at the pace: between two tokens there may be a pause, other weights, an end."""
+        ids, params, aborts = body["input_ids"], body["sampling_params"], self._aborts
+        tokens: list[int] = []
+        logps: list[float] = []
+        labels: list[str] = []
+        longest, stops = params["max_new_tokens"], params.get("stop_token_ids", ())
+        while len(tokens) < longest and not (tokens and tokens[-1] in stops):
+            await self._going.wait()
+            if self._aborts != aborts:
+                return self._answer(body, tokens, logps, labels, aborted=True)
+            label = self.label
+            step = params | {"max_new_tokens": longest if self.pace is None else 1}
+            self._steps += 1
+            try:
+                more, their = await self._in_thread(self.model.generate, ids + tokens, step)
+            finally:
+                self._steps -= 1
+            tokens += more
+            logps += their
+            labels += [label] * len(more)
+            if self.pace is not None:
+                await asyncio.sleep(self.pace())
+        return self._answer(body, tokens, logps, labels)
 
     async def _in_thread(self, function: Any, *arguments: Any) -> Any:
         if isinstance(self.model, DiceModel):
             return function(*arguments)
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
-    def _answer(self, body: dict[str, Any], tokens: list[int], logps: list[float], label: str) -> dict[str, Any]:
-        stopped = tokens[-1] in body["sampling_params"].get("stop_token_ids", [])
+    def _answer(
+        self, body: dict[str, Any], tokens: list[int], logps: list[float], labels: list[str], *, aborted: bool = False
+    ) -> dict[str, Any]:
+        stopped = bool(tokens) and tokens[-1] in body["sampling_params"].get("stop_token_ids", [])
         full = len(tokens) == body["sampling_params"]["max_new_tokens"]
-        length: dict[str, Any] = {"type": "length", "length": len(tokens)}
+        reason: dict[str, Any] = {"type": "length", "length": len(tokens)}
+        if stopped and not full:
+            reason = {"type": "stop", "matched": tokens[-1]}
+        spans: list[dict[str, Any]] = []
+        for at, label in enumerate(labels):
+            if not spans or spans[-1]["version"] != label:
+                spans.append({"version": label, "start": at})
+            spans[-1]["end"] = at + 1
         return {
             "output_ids": tokens,
             "meta_info": {
+                "finish_reason": {"type": "abort", "message": "Aborted"} if aborted else reason,
                 **{name: [0.5] * len(tokens) for name in self.statistics},
                 "id": body.get("rid"),
-                "finish_reason": length if full or not stopped else {"type": "stop", "matched": tokens[-1]},
                 "prompt_tokens": len(body["input_ids"]),
                 "completion_tokens": len(tokens),
-                "weight_version": label,
-                "weight_versions": [{"version": label, "start": 0, "end": len(tokens)}],
+                "weight_version": labels[-1] if labels else self.label,
+                "weight_versions": spans,
                 "output_token_logprobs": [[lp, token, None] for lp, token in zip(logps, tokens, strict=True)],
             },
         }
@@ -281,6 +329,8 @@ class FakeServer:
             meta["weight_version"] = "older"
         elif fault == "abort":
             meta["finish_reason"] = {"type": "abort", "message": "Aborted"}
+            del tokens[len(tokens) // 2 :], entries[len(entries) // 2 :]
+            meta["completion_tokens"], meta["weight_versions"] = len(tokens), []
         elif fault == "went_on":
             tokens.insert(0, params["stop_token_ids"][0])
             entries.insert(0, [-1.0, tokens[0], None])
@@ -307,14 +357,30 @@ class FakeServer:
         return web.json_response({"weight_version": self.label})
 
     async def _pause(self, request: web.Request) -> web.Response:
+        mode = (await request.json()).get("mode", "abort")
         self._going.clear()
+        while self._steps:  # a pause comes between two tokens
+            await asyncio.sleep(0.001)
+        self._kept = mode == "in_place"
+        if mode == "abort":
+            self._give_up()
         return _done()
 
     async def _continue(self, request: web.Request) -> web.Response:
+        self._kept = False
         self._going.set()
         return _done()
 
+    async def _abort(self, request: web.Request) -> web.Response:
+        self._give_up()
+        return _done()
+
+    def _give_up(self) -> None:
+        self._aborts += 1
+
     async def _flush(self, request: web.Request) -> web.Response:
+        if self._running and (self._kept or self._going.is_set()):
+            return web.Response(status=400, text="There are requests.")
         return web.Response(text="Cache flushed.")
 
     # -- weights ------------------------------------------------------------------------------------------------------
@@ -326,6 +392,9 @@ class FakeServer:
         for file in sorted(set(index["weight_map"].values())):
             self._take(load_file(folder / file))
         self.label = body["weight_version"]
+        self.labels.append(self.label)
+        if body.get("flush_cache", True) and self._running and (self._kept or self._going.is_set()):
+            return _refused("Weights were updated, but the cache was not flushed.")
         return _done()
 
     async def _checksums(self, request: web.Request) -> web.Response:
@@ -372,7 +441,9 @@ class FakeServer:
         if not self._updating:
             return _refused("must run between begin_weight_update and end_weight_update")
         self._take(await self._threaded(_receive, self._groups[body["group_name"]], body))
-        self.label = body.get("weight_version") or self.label
+        if body.get("weight_version"):
+            self.label = body["weight_version"]
+            self.labels.append(self.label)
         return _done()
 
 

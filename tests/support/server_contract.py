@@ -66,6 +66,7 @@ def push(engine: SGLangEngine, weights: dict[str, torch.Tensor], version: int) -
     engine.begin_update(version)
     engine.update(iter(weights.items()))
     engine.end_update()
+    engine.resume()
 
 
 def oracle(folder: Path, weights: dict[str, torch.Tensor] | None = None) -> Any:

@@ -4,6 +4,10 @@
 
 Every bucket is written to the snapshot too, behind the scenes: it is what a server reads that missed the update, or
 that comes back before the next. A server serves again only when it holds all of the new weights.
+
+Requests may be under way. With `servers.pause: retract` servers put them back, forget what they had computed for them,
+and go on with the new weights as if all of it had been a prompt; with `in_place` they go on at once, on what they had
+computed with the old weights, and the cache is not flushed.
 """
 
 from __future__ import annotations
@@ -52,6 +56,7 @@ class WeightSync:
         self.metrics: dict[str, float] = {}
         self._held_back: Bucket | None = None
         self._problem: Exception | None = None
+        self._repairs: dict[int, asyncio.Task[None]] = {}
         self._checksums: Checksums | None = None
         self._limit = (settings.bucket_mb or (PACKED_MB if transport.packs else APART_MB)) << 20
 
@@ -65,7 +70,7 @@ class WeightSync:
         started = time.perf_counter()
         before, self.label = self.label, label
         self.members, restarted = self.loop.run(self._assemble(before), self.interrupted)
-        self._keep(self._each("/pause_generation", {"mode": "retract"}))
+        self._keep(self._each("/pause_generation", {"mode": self.settings.pause}))
         self.snapshots.begin(label)
         self.transport.open(self.members, restarted=restarted)
         self._held_back, self._problem = None, None
@@ -151,6 +156,9 @@ class WeightSync:
         """(Servers that answer, whether one of them is not as the last update left it)."""
         loop = asyncio.get_running_loop()
         started, said = loop.time(), 0.0
+        self.pool.begin_update()
+        if self._repairs:  # a server must not read the old snapshot in the middle of the update
+            await asyncio.wait(self._repairs.values())
         while True:
             self.pool.discover(self.loop.session)
             servers = list(self.pool.servers.values())
@@ -185,13 +193,13 @@ class WeightSync:
         await asyncio.gather(*(self._resume_one(server, id(server) in carried) for server in self.members))
 
     async def _resume_one(self, server: Server, carried: bool) -> None:
-        limit = self.settings.sync_timeout_s
+        limit, flush = self.settings.sync_timeout_s, self.settings.pause == "retract"
         try:
-            if carried:
+            if not carried:
+                await self._read(server, flush=flush)
+            elif flush:
                 await server.client.flush_cache(limit)
-                await server.client.command("/continue_generation", timeout=limit)
-            else:
-                await self.repair(server)
+            await server.client.command("/continue_generation", timeout=limit)
             held = await server.client.label(self.settings.health_timeout_s)
         except Fault as fault:
             self.pool.drop(server, str(fault))
@@ -202,18 +210,40 @@ class WeightSync:
             self.pool.drop(server, f"fenced: it holds the weights {held} after an update to {self.label}")
 
     async def repair(self, server: Server) -> None:
+        """Let a server read the newest snapshot, between updates. Fault when it does not.
+
+        It goes on to its end when its caller is cancelled: what a server has been told cannot be taken back.
+        """
+        if self.pool.updating:
+            raise Fault("version", "new weights are on their way")
+        work = self._repairs.get(id(server))
+        if work is None:
+            work = self._repairs[id(server)] = asyncio.get_running_loop().create_task(self._repair(server))
+            work.add_done_callback(lambda done: self._repaired(server, done))
+        await asyncio.shield(work)
+
+    def _repaired(self, server: Server, work: asyncio.Task[None]) -> None:
+        del self._repairs[id(server)]
+        if not work.cancelled():
+            work.exception()  # who asked for it was told; if nobody waits any more, nobody need be
+
+    async def _repair(self, server: Server) -> None:
+        limit = self.settings.sync_timeout_s
+        # Requests that were given up may still run there, and keep it from flushing its cache.
+        await server.client.command("/pause_generation", {"mode": "retract"}, timeout=limit)
+        await self._read(server, flush=True)
+        await server.client.command("/continue_generation", timeout=limit)
+
+    async def _read(self, server: Server, *, flush: bool) -> None:
         """Let a server read the newest snapshot. Fault when it does not."""
         if self.snapshots.ready is None:
             raise Fault("version", "there are no weights to give it yet")
-        label, limit = self.label, self.settings.sync_timeout_s
         try:
             folder = await asyncio.wrap_future(self.snapshots.ready)
         except OSError as error:
             raise Fault("version", f"the snapshot could not be written: {error}") from error
-        body = {"model_path": str(folder), "weight_version": label, "flush_cache": True}
-        await server.client.command("/update_weights_from_disk", body, timeout=limit)
-        # It may have been left paused by an update that it did not finish.
-        await server.client.command("/continue_generation", timeout=limit)
+        body = {"model_path": str(folder), "weight_version": self.label, "flush_cache": flush}
+        await server.client.command("/update_weights_from_disk", body, timeout=self.settings.sync_timeout_s)
 
     def _each(self, path: str, body: dict[str, Any]) -> Coroutine[Any, Any, list[Server]]:
         async def one(server: Server) -> bool:

@@ -48,6 +48,9 @@ class Engine:
     def end_update(self) -> None:
         self._maybe("end")
 
+    def resume(self) -> None:
+        pass
+
 
 CASES = [
     (phase, kind, failing)

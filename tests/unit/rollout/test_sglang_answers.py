@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_urlvr.rollout.answers import Expected, read_answer
-from megatron_urlvr.rollout.faults import Fault
+from megatron_urlvr.rollout.faults import Aborted, Fault
 
-EXPECTED = Expected("r1", prompt_tokens=3, max_new_tokens=4, vocab_size=21, stop_ids=frozenset([19]), label="v1")
+EXPECTED = Expected(
+    "r1", prompt_tokens=3, max_new_tokens=4, vocab_size=21, stop_ids=frozenset([19]), versions={"v1": 1, "v2": 2}
+)
 
 
 def payload(tokens: list[int], reason: Any = None) -> dict[str, Any]:
@@ -114,3 +117,44 @@ def test_a_body_that_is_no_object_is_a_fault(body: Any) -> None:
     with pytest.raises(Fault) as fault:
         read_answer(body, EXPECTED)
     assert fault.value.kind == "schema"
+
+
+def test_spans_say_which_weights_produced_which_tokens() -> None:
+    mixed = payload([5, 6, 19])
+    mixed["meta_info"]["weight_version"] = "v2"
+    mixed["meta_info"]["weight_versions"] = [
+        {"version": "v1", "start": 0, "end": 1},
+        {"version": "v2", "start": 1, "end": 2},
+        {"version": "v2", "start": 2, "end": 3},
+    ]
+    assert read_answer(mixed, EXPECTED).spans == ((1, 0, 1), (2, 1, 3))
+    for end in (2, 4, None, "3"):
+        mixed["meta_info"]["weight_versions"][-1]["end"] = end
+        with pytest.raises(Fault, match=r"weight_versions covers|does not cover"):
+            read_answer(mixed, EXPECTED)
+    mixed["meta_info"]["weight_versions"][-1] = {"version": "v0", "start": 2, "end": 3}
+    with pytest.raises(Fault, match="wanted v1 or v2, got v0, v1, v2"):
+        read_answer(mixed, EXPECTED)
+
+
+def test_what_an_aborted_response_holds_is_gone_on_from() -> None:
+    with pytest.raises(Aborted) as given_up:
+        read_answer(payload([5, 6], {"type": "abort", "message": "Aborted"}), EXPECTED)
+    beginning = given_up.value.beginning
+    assert beginning.tokens == [5, 6]
+    rest = payload([7, 19])
+    rest["meta_info"]["weight_version"], rest["meta_info"]["prompt_tokens"] = "v2", 5
+    whole = read_answer(rest, replace(EXPECTED, prompt_tokens=5, max_new_tokens=2)).after(beginning)
+    assert (whole.tokens, whole.finish, whole.spans) == ([5, 6, 7, 19], "stop", ((1, 0, 2), (2, 2, 4)))
+    assert torch.equal(whole.logp, torch.tensor([-0.5, -1.0, -0.5, -1.0]))
+
+
+@pytest.mark.parametrize("tokens", [[], [5, 19], [5, 6, 7, 8], [5, 21]])
+def test_an_aborted_response_that_holds_nothing_or_is_not_sound_is_begun_anew(tokens: list[int]) -> None:
+    bad = payload([5])
+    bad["output_ids"] = tokens
+    bad["meta_info"] |= payload(tokens)["meta_info"] if tokens else {"completion_tokens": 0}
+    bad["meta_info"]["finish_reason"] = {"type": "abort"}
+    with pytest.raises(Aborted) as given_up:
+        read_answer(bad, EXPECTED)
+    assert given_up.value.beginning is None

@@ -131,7 +131,7 @@ def test_a_server_that_dies_comes_back_fenced_and_is_brought_up_to_date(folder: 
         push(engine, WEIGHTS, 1)
         servers[0].faults = iter([None, None, "die"])
         exactly_once(list(engine.generate(prompts(4), Sampling(4, 4))), 4, 4)
-        assert servers[0].label == engine.label(1)
+        assert servers[0].label == engine.versions.of(1)
         assert servers[0].calls["/update_weights_from_disk"] == 2
 
 

@@ -57,7 +57,7 @@ def test_every_server_holds_every_tensor_of_every_update(tmp_path: Path, transpo
         for version in (0, 1, 2):
             push(engine, weights(version), version)
             assert all(holds(server, version) for server in servers)
-            assert [server.label for server in servers] == [engine.label(version)] * 2
+            assert [server.label for server in servers] == [engine.versions.of(version)] * 2
             assert engine.metrics()["sync/buckets"] == 3
         disk = [server.calls["/update_weights_from_disk"] for server in servers]
         groups = [server.calls["/init_weights_update_group"] for server in servers]
@@ -115,15 +115,15 @@ def test_with_no_server_at_an_update_generation_waits_for_one_that_reads_the_sna
 def test_another_replica_asks_only_servers_that_hold_the_newest_weights(tmp_path: Path) -> None:
     with serving(2, tmp_path) as (engine, servers):
         other = engine_for([s.url for s in servers], tmp_path / "model", tmp_path)
-        other.sync, other.session = None, engine.session
+        other.sync, other.versions.session = None, engine.versions.session
         try:
             push(engine, weights(1), 1)
-            push(other, weights(1), 1)
             servers[0].label = "somebody else's"
+            push(other, weights(1), 1)
             list(other.generate(prompts(4), Sampling(2, 4)))
             assert servers[0].calls["/generate"] == 0
             assert [health.why for health in other.health() if not health.up] == [
-                f"fenced: it holds the weights somebody else's, wanted are {engine.label(1)}"
+                f"fenced: it holds the weights somebody else's, wanted are {engine.versions.of(1)}"
             ]
         finally:
             other.close()
