@@ -34,8 +34,10 @@ class Collapsed(Exception):  # noqa: N818 - an ending that was asked for, not an
 class CollapseWatch:
     """One run's detector, on every rank; rank 0 decides."""
 
-    def __init__(self, settings: CollapseSection, layout: Layout, snapshots: Path) -> None:
+    def __init__(self, settings: CollapseSection, layout: Layout, snapshots: Path, *, staleness: int) -> None:
+        """`staleness`: steps by which responses may lag behind the weights."""
         self.settings, self.layout, self.snapshots = settings, layout, snapshots
+        self.staleness = staleness
         self.detector = CollapseDetector(settings)
         self.majorities = MajorityMemory()
         self._new: Collapsed | None = None
@@ -98,10 +100,11 @@ class CollapseWatch:
         it, None where no such snapshot is left. Collective.
 
         Responses of step t come from the weights after t - 1: with the first suspicious ones at the onset, those of the
-        step before were fine, and so were the weights after onset - 2 that gave them.
+        step before were fine, and so were the weights after onset - 2 that gave them, or earlier ones by the staleness.
         """
         kept = [step for step, _ in checkpoint.list_checkpoints(self.snapshots)] if self.layout.is_main else []
-        self._drop_after(max([alarm.onset - 2, *kept[-1:]]))  # the oldest, where the ring does not reach so far back
+        healthy = alarm.onset - 2 - self.staleness
+        self._drop_after(max([healthy, *kept[-1:]]))  # the oldest, where the ring does not reach so far back
         path, _ = checkpoint.newest_intact(policy, self.snapshots)
         return None if path is None else checkpoint.load(policy, path)
 

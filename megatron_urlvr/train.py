@@ -64,7 +64,8 @@ class Trainer:
         self.seconds: dict[str, float] = {}
         self.evaluator = Evaluator(config, parts, files)
         self.feed = Feed(config, parts, files.ledger)
-        self.watch = CollapseWatch(config.monitor.collapse, parts.layout, files.folder.snapshots)
+        stale, snapshots = config.rollout.max_staleness, files.folder.snapshots
+        self.watch = CollapseWatch(config.monitor.collapse, parts.layout, snapshots, staleness=stale)
         if parts.engine is not None:
             parts.engine.interrupted = lambda: interrupts.received is not None
         self.groups: list[Group] = []
