@@ -35,6 +35,7 @@ from .rewards.base import PERMUTED_LABEL
 from .rewards.combine import Combined, build_terms
 from .rewards.providers import Checker, Respondent, Weights, get_provider
 from .rollout.dispatch import Model
+from .rollout.early import EarlyVotes
 from .rollout.embedded import EmbeddedEngine
 from .rollout.engine import RolloutEngine
 from .rollout.filters import Filter, get_filter
@@ -201,6 +202,8 @@ def build(config: Config, layout: Layout) -> Parts:
         keep_reference=_wants_reference(config),
     )
     engine = build_engine(config, policy, tokenizer, session) if layout.is_leader else None
+    if isinstance(engine, SGLangEngine) and config.rollout.early_voting:
+        engine.votes = EarlyVotes(train.grader, engine.decode)
     signals = build_signals(config, policy, tokenizer, engine, reward, sets)
     if problems := signals.problems(train.prompts):
         if engine is not None:

@@ -85,7 +85,7 @@ class Feed:
         finished = []
         for prompt in prompts:
             group = known.get(prompt.id)
-            if group is not None and group.prompt.tokens == prompt.tokens and len(group) == self.config.rollout.n_votes:
+            if group is not None and group.prompt.tokens == prompt.tokens and self._whole(group):
                 finished.append(group)
         if self.ledger is not None:
             self._count("rollout/from_ledger", len(finished))
@@ -93,10 +93,16 @@ class Feed:
         rest = [prompt for prompt in prompts if prompt.id not in had]
         return _chained(finished, self._sampled(engine, step, rest) if rest else iter(()))
 
+    def _whole(self, group: Group) -> bool:
+        """All votes, or those that early voting leaves."""
+        rollout = self.config.rollout
+        return len(group) == rollout.n_votes or (rollout.early_voting and rollout.trained <= len(group))
+
     def _sampled(self, engine: RolloutEngine, step: int, prompts: list[Prompt]) -> Iterator[Group]:
         rollout, ledger = self.config.rollout, self.ledger
         seed = derive_seed(self.config.run.seed, "train", step)
-        sampling = Sampling(rollout.n_votes, rollout.max_new_tokens, rollout.temperature, seed=seed)
+        certain = rollout.trained if rollout.early_voting else None
+        sampling = Sampling(rollout.n_votes, rollout.max_new_tokens, rollout.temperature, seed=seed, certain=certain)
         keep = None if ledger is None else (lambda group: ledger.append(step, group))
         return engine.start(prompts, sampling, keep=keep)
 

@@ -148,3 +148,6 @@ class Sampling:
     """0 means greedy decoding."""
     top_p: float = 1.0
     seed: int = 0
+    certain: int | None = None
+    """The first so many samples are always completed; the others may be given up once they cannot change the majority.
+    None: all are completed."""

@@ -69,6 +69,9 @@ class RolloutSection(Section):
     """Responses of each prompt that are trained on. None: all."""
     train_on: Literal["first", "random", "stratified"] = "first"
     """Which `n_train` of the votes: the first, any, or of every answer its share."""
+    early_voting: bool = False
+    """Give up the votes beyond `n_train` that are still being sampled once they cannot change the majority. Needs
+    servers and the reward `majority_vote` alone."""
     filter: FilterSection | None = None
     """Dynamic sampling: of `oversample` times as many groups those are trained on that the filter keeps. None: all."""
     oversample: float = Field(default=1.0, ge=1)
@@ -125,6 +128,25 @@ class RolloutSection(Section):
             )
         if self.filter is not None and self.oversample == 1:
             return "filter with oversample = 1: there is nothing to choose from; set oversample above 1"
+        return None
+
+    @rule("early_voting", "engine", "train_on", "n_train", "n_votes", "filter")
+    def _votes_to_spare(self) -> str | None:
+        if not self.early_voting:
+            return None
+        if self.engine != "sglang":
+            return f"early_voting with engine: {self.engine}, which samples all votes at once: set engine=sglang"
+        if self.trained == self.n_votes:
+            return (
+                f"early_voting with n_train = n_votes = {self.n_votes}: there are no votes to spare; set n_train lower"
+            )
+        if self.train_on != "first":
+            return (
+                f"early_voting with train_on = {self.train_on!r} would train on responses that came early, which are "
+                "the short ones; set train_on=first"
+            )
+        if self.filter is not None:
+            return "early_voting with filter: votes that were given up cannot be judged; set one of the two"
         return None
 
     @rule("train_on", "n_train", "n_votes")

@@ -166,6 +166,16 @@ class Config(Section):
             )
         return None
 
+    @rule("rollout.early_voting", "reward.terms")
+    def _early_voting_for_votes(self) -> str | None:
+        others = sorted({term.name for term in self.reward.terms.values()} - {"majority_vote"})
+        if self.rollout.early_voting and others:
+            return (
+                f"rollout.early_voting with the reward {', '.join(others)}: votes that were given up are missing from "
+                "it; it is for majority_vote alone"
+            )
+        return None
+
     @rule("run.rollout_only", "rollout.engine")
     def _recording_a_replay(self) -> str | None:
         if self.run.rollout_only and self.rollout.engine == "replay":

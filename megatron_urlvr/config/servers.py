@@ -14,6 +14,9 @@ POLICY = "policy"
 class PoolSection(Section):
     urls: list[str] = Field(default_factory=list)
     """Servers that run already. Empty: those that `urlvr rollout serve` announces in the run's folder."""
+    router: str | None = None
+    """A router (sglang-router, say) that requests for responses go through. Everything else goes to the servers
+    themselves, and so does a request that failed on the way. None: servers are asked directly."""
     count: int = Field(default=1, ge=1)
     """Servers that `urlvr rollout serve` starts."""
     model: str | None = None
@@ -91,6 +94,10 @@ class ServersSection(Section):
             for url in pool.urls:
                 if problem := address_problem(url):
                     return f"pools.{name}.urls holds {url!r}: {problem}"
+            if pool.router is not None and (problem := address_problem(pool.router)):
+                return f"pools.{name}.router = {pool.router!r}: {problem}"
+            if pool.router is not None and name != POLICY:
+                return f"pools.{name}.router = {pool.router!r}: only the pool {POLICY!r} is asked through a router"
         return None
 
     @property

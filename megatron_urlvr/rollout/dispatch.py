@@ -11,8 +11,10 @@ of a response when it gave it up is kept: the next request asks for the rest.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,8 @@ import aiohttp
 from ..config.servers import ServersSection
 from ..types import Prompt, Sampling
 from .answers import Answer, Expected, read_answer
+from .client import ServerClient
+from .early import EarlyVotes, decided
 from .faults import Aborted, Fault, FaultCounts, RolloutFailed
 from .pool import Server, ServerPool, in_need
 from .schedule import Job, Schedule
@@ -59,13 +63,19 @@ class Dispatch:
         faults: FaultCounts,
         repair: Callable[[Server], Awaitable[None]] | None,
         emit: Callable[[int, list[Answer]], None],
+        votes: EarlyVotes | None = None,
     ) -> None:
         """`versions`: what the weights are called; tokens may come from those of now or newer ones. `limit`: requests
         this replica may have on one server; `emit` gets each prompt's position and answers, in sample order, once."""
         self.pool, self.session, self.settings = pool, session, settings
         self.model, self.versions, self.limit, self.faults = model, versions, limit, faults
         self.oldest = versions.served
-        self.repair, self.emit = repair, emit
+        self.repair, self.emit, self.votes = repair, emit, votes
+        router = settings.policy.router
+        self.router = None if router is None else ServerClient(session, router)
+        self.requests: dict[Job, tuple[Server, str]] = {}
+        """Where a sample is being generated, and under which id."""
+        self.aborts: set[asyncio.Task[None]] = set()
         self.wake = asyncio.Event()
         self.tasks: set[asyncio.Task[None]] = set()
         self.error: BaseException | None = None
@@ -77,6 +87,7 @@ class Dispatch:
         self.prompts, self.sampling = prompts, sampling
         self.schedule = Schedule(len(prompts), sampling.n)
         self.found: list[dict[int, Answer]] = [{} for _ in prompts]
+        self.tallies: list[Counter[str]] = [Counter() for _ in prompts]
         self.begun: dict[Job, Answer] = {}
         for server in self.pool.up():
             server.heard = asyncio.get_running_loop().time()
@@ -89,6 +100,8 @@ class Dispatch:
                 self._assign()
                 self.wake.clear()
                 await self.wake.wait()
+            if self.aborts:
+                await asyncio.wait(self.aborts)
         finally:
             self.pool.waiting.remove(self.wake)
             for task in self.tasks:
@@ -133,16 +146,24 @@ class Dispatch:
         ids = [*prompt.tokens, *(begun.tokens if begun else ())]
         longest = self.sampling.max_new_tokens - (len(begun.tokens) if begun else 0)
         request = f"{self.versions.label}/{prompt.id}/{job.index}/{next(_requests)}"
+        self.requests[job] = server, request
+        # What failed on the way through the router is asked of the server itself.
+        routed = self.router is not None and job not in self.schedule.failures
+        client = self.router if self.router is not None and routed else server.client
         try:
             body = self._body(ids, longest, request)
-            payload = await server.client.call("/generate", body, timeout=self.settings.timeout_s)
+            payload = await client.call("/generate", body, timeout=self.settings.timeout_s)
             answer = read_answer(payload, self._expected(len(ids), longest, request)).after(begun)
         except Fault as fault:
+            if job in self.schedule.done:  # given up, or delivered by another server meanwhile
+                self.schedule.delivered(server.id, job)
+                return
             if isinstance(fault, Aborted) and fault.beginning is not None:
                 self._go_on_from(job, fault.beginning.after(begun))
-            self._failed(server, job, fault)
+            self._failed(server, job, fault, blame=not routed)
             return
-        self.pool.good(server)
+        if not routed:
+            self.pool.good(server)
         self.starved_since = None
         if self.schedule.delivered(server.id, job):
             self._keep(job, answer)
@@ -177,9 +198,10 @@ class Dispatch:
             statistics=self.model.statistics,
         )
 
-    def _failed(self, server: Server, job: Job, fault: Fault) -> None:
+    def _failed(self, server: Server, job: Job, fault: Fault, *, blame: bool = True) -> None:
+        """`blame`: it was the server, and not a router before it."""
         self.faults.add(fault)
-        if self.pool.servers.get(server.id) is server:
+        if blame and self.pool.servers.get(server.id) is server:
             self.pool.strike(server, fault)
         times = self.schedule.failed(server.id, job)
         if times >= self.settings.attempts:
@@ -192,8 +214,32 @@ class Dispatch:
     def _keep(self, job: Job, answer: Answer) -> None:
         group = self.found[job.prompt]
         group[job.index] = answer
-        if len(group) == self.sampling.n:
-            self.emit(job.prompt, [group[index] for index in range(self.sampling.n)])
+        if len(group) == self.sampling.n or self._decided(job, answer):
+            self.emit(job.prompt, [group[index] for index in sorted(group)])
+
+    def _decided(self, job: Job, answer: Answer) -> bool:
+        """Whether the rest of the prompt's votes is not needed; then it is given up."""
+        group, certain = self.found[job.prompt], self.sampling.certain
+        if certain is None or self.votes is None:
+            return False
+        if (vote := self.votes.read(answer)) is not None:
+            self.tallies[job.prompt][vote] += 1
+        if any(index not in group for index in range(certain)):
+            return False  # of those that are trained on none is left out: the short ones come first
+        missing = self.sampling.n - len(group)
+        if not decided(self.tallies[job.prompt], missing, exact=self.votes.exact):
+            return False
+        for each in self.schedule.give_up(job.prompt):
+            if each in self.requests:
+                server, request = self.requests[each]
+                for one in [server] if self.router is None else self.pool.up():  # a router tells nobody whom it asked
+                    self.aborts.add(asyncio.get_running_loop().create_task(self._abort(one, request)))
+        self.votes.gave_up(missing, [len(each.tokens) for each in group.values()])
+        return True
+
+    async def _abort(self, server: Server, request: str) -> None:
+        with contextlib.suppress(Fault):  # it has ended by itself, or the server is gone
+            await server.client.command("/abort_request", {"rid": request}, timeout=self.settings.health_timeout_s)
 
     # -- beside the requests ------------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ class Schedule:
         self.waiting: deque[list[Job]] = deque([Job(p, i) for i in range(n)] for p in range(prompts))
         self.retries: deque[Job] = deque()
         self.done: set[Job] = set()
-        self.total = prompts * n
+        self.n, self.total = n, prompts * n
         self.failures: dict[Job, int] = {}
         self.avoids: dict[Job, str] = {}
         """The server that failed a sample last."""
@@ -93,9 +93,13 @@ class Schedule:
             if self.avoids.get(job) != server or len(self.places) == 1:
                 return job
             self.retries.append(job)
-        if not place.queue and self.waiting:
-            place.queue.extend(self.waiting.popleft())
-        return place.queue.popleft() if place.queue else None
+        while place.queue or self.waiting:
+            if not place.queue:
+                place.queue.extend(self.waiting.popleft())
+            job = place.queue.popleft()
+            if job not in self.done:
+                return job
+        return None
 
     def delivered(self, server: str, job: Job) -> bool:
         """`server` answered. False when the sample had been delivered before: the answer is to be dropped."""
@@ -104,6 +108,13 @@ class Schedule:
             return False
         self.done.add(job)
         return True
+
+    def give_up(self, prompt: int) -> list[Job]:
+        """The samples of `prompt` that were not delivered: nobody is asked for them any more, and their answers, if
+        they come, are dropped."""
+        jobs = [job for job in (Job(prompt, index) for index in range(self.n)) if job not in self.done]
+        self.done.update(jobs)
+        return jobs
 
     def failed(self, server: str, job: Job) -> int:
         """`server` failed the sample: it waits for another. Returns how often it has failed by now."""

@@ -21,6 +21,7 @@ from ..exit_codes import UnusableInput
 from ..types import Group, Prompt, Sample, Sampling
 from .answers import Answer
 from .dispatch import Dispatch, Model
+from .early import EarlyVotes
 from .engine import RolloutEngine
 from .faults import FaultCounts
 from .flight import Flight
@@ -67,6 +68,8 @@ class SGLangEngine(RolloutEngine):
         self.faults = FaultCounts()
         self.finisher = ThreadPoolExecutor(1, thread_name_prefix="groups")
         self._asked_for_statistics = not served.statistics
+        self.votes: EarlyVotes | None = None
+        """Counts votes as they come, where sampling may end early."""
         self.sync: WeightSync | None = None
         if pushes:
             snapshots = Snapshots(_snapshot_folder(servers, folder, session), model)
@@ -165,6 +168,7 @@ class SGLangEngine(RolloutEngine):
             faults=self.faults,
             repair=self.sync.repair if self.sync is not None else None,
             emit=emit,
+            votes=self.votes,
         ).run(prompts, sampling, ahead=ahead)
 
     def _group(self, prompt: Prompt, answers: Sequence[Answer]) -> Group:
@@ -197,6 +201,8 @@ class SGLangEngine(RolloutEngine):
     def metrics(self) -> dict[str, float]:
         """Faults by kind and the phases of the last update, since the last call."""
         taken = self.faults.take() | {"rollout/servers": float(sum(s.up for s in self.health()))}
+        if self.votes is not None:
+            taken |= self.votes.take()
         if self.sync is not None:
             taken |= self.sync.metrics
             self.sync.metrics = {}
