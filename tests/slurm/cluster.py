@@ -126,9 +126,9 @@ class Job:
                 variables = (process / "environ").read_bytes().split(b"\0")
             except OSError:  # it has ended in the meantime
                 continue
-            if f"SLURM_JOB_ID={self.id}".encode() in variables and command[1:3] and b"train" in command:
-                is_rank = b"python" in command[0] and command[1].endswith(b"/urlvr")
-                found += [int(process.name)] if is_rank else []
+            is_rank = b"python" in command[0] and command[1].endswith(b"/urlvr") if b"train" in command[2:] else False
+            if is_rank and f"SLURM_JOB_ID={self.id}".encode() in variables:
+                found.append(int(process.name))
         return found
 
     def signal(self, number: signal.Signals) -> None:
@@ -148,7 +148,8 @@ def until(condition: Callable[[], bool], story: Callable[[], str], limit_s: floa
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without what depends on the clock."""
     file = run / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    text = file.read_text() if file.exists() else ""
+    rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last may be half written
     return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
 
 

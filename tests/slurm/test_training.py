@@ -29,6 +29,7 @@ def test_the_time_limit_saves_and_requeues_and_the_end_is_that_of_an_uninterrupt
         job = cluster.submit("train.sbatch", *settings, options=options, output=tmp_path / "job.out")
         until(lambda: len(metrics(run)) > 2, job.story)
         # Slurm looks at time limits twice a minute; frozen, the run has not ended by then.
+        assert len(job.ranks()) == 4
         job.signal(signal.SIGSTOP)
         job.update(TimeLimit="10")
         until(lambda: "the time limit is near" in job.output.read_text(), job.story)
