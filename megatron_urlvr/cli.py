@@ -293,6 +293,24 @@ def samples(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face folder, or a Megatron checkpoint (a run's too).")],
+    target: Annotated[Path, typer.Argument(help="The folder to make.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder with config.json and tokenizer. Without it: the checkpoint's, its run's."),
+    ] = None,
+    max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest safetensors file, in 10^9 bytes.")] = 4.0,
+) -> None:
+    """Convert Hugging Face <-> Megatron; under torchrun the ranks share the work."""
+    from megatron_urlvr.commands.convert import convert as run
+
+    done = run(source, target, model=model, max_shard_gb=max_shard_gb)
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(done)
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine has, and what follows from it."""
     from megatron_urlvr.doctor import examine

@@ -111,7 +111,8 @@ def start(
         else:  # alone: no port that another run on this machine might take, nothing left in the environment
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     mpu.destroy_model_parallel()
-    mpu.initialize_model_parallel(parallel.tp, parallel.pp)
+    virtual = parallel.vpp if parallel.vpp > 1 else None
+    mpu.initialize_model_parallel(parallel.tp, parallel.pp, virtual_pipeline_model_parallel_size=virtual)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return _describe(mpu, chosen)
 

@@ -90,9 +90,22 @@ def _shards(config: Config, hf_config: Mapping[str, Any]) -> Iterator[str]:
     ):
         if count is not None and count % tp:
             yield _uneven("parallel.tp", tp, what, count, config)
-    layers = hf_config.get("num_hidden_layers")
-    if layers is not None and layers % pp:
+    layers, stages = hf_config.get("num_hidden_layers"), config.parallel.stage_layers
+    if stages is not None:
+        if layers is not None and sum(stages) != layers:
+            yield (
+                f"parallel.stage_layers = {stages} adds up to {sum(stages)}, not to the {layers} layers of "
+                f"model.path = {config.model.path!r}: give each stage its number, {layers} in all."
+            )
+    elif layers is not None and layers % pp:
         yield _uneven("parallel.pp", pp, "layers", layers, config)
+    elif layers is not None and (layers // pp) % config.parallel.vpp:
+        yield _uneven("parallel.vpp", config.parallel.vpp, "layers of each pipeline rank", layers // pp, config)
+    if tp > 1 and "moe_intermediate_size" in hf_config and not config.parallel.sequence_parallel:
+        yield (
+            f"parallel.tp = {tp} shards a mixture of experts, which Megatron trains with sequence parallelism alone: "
+            "set parallel.sequence_parallel=true, or parallel.tp=1."
+        )
 
 
 def _uneven(setting: str, size: int, what: str, count: int, config: Config) -> str:

@@ -14,14 +14,34 @@ class ParallelSection(Section):
     """Tensor-parallel size."""
     pp: int = Field(default=1, ge=1)
     """Pipeline-parallel size."""
+    vpp: int = Field(default=1, ge=1)
+    """Interleaved stages of each pipeline rank: more of them make the pipeline's bubble smaller, and its messages
+    more."""
+    stage_layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Layers of each of the pp x vpp stages in model order, for uneven ones; None: as many in each."""
     sequence_parallel: bool = False
     """Shard activations between tensor-parallel regions along the sequence."""
-    distributed_optimizer: Literal["auto"] | bool = "auto"
-    """Shard optimizer state over data-parallel ranks; `auto`: when there are at least two."""
+    distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks. A checkpoint of one kind of optimizer is not read by the other."""
     max_tokens_per_microbatch: int = Field(default=8192, ge=1)
     """Token budget of one micro-batch; one response longer than this makes a micro-batch of its own."""
     share_prefix: Literal["auto"] | bool = "auto"
     """Compute a prompt's rows once for all its responses in a micro-batch. `auto`: where attention allows it."""
+
+    @rule("pp", "vpp")
+    def _interleaved(self) -> str | None:
+        if self.vpp > 1 and self.pp == 1:
+            return f"vpp = {self.vpp} needs pp above 1: it cuts each pipeline rank's layers into interleaved stages"
+        return None
+
+    @rule("pp", "vpp", "stage_layers")
+    def _stage_layers(self) -> str | None:
+        stages = self.pp * self.vpp
+        if self.stage_layers is None or len(self.stage_layers) == stages > 1:
+            return None
+        if stages == 1:
+            return "stage_layers needs pp above 1: there is one stage"
+        return f"stage_layers names {len(self.stage_layers)} stages, pp = {self.pp} x vpp = {self.vpp} makes {stages}"
 
     @rule("tp", "sequence_parallel")
     def _sequence_parallel(self) -> str | None:

@@ -41,7 +41,14 @@ class PackedSequence(PackedSeqParams):
 
 
 class PackedRotaryEmbedding(RotaryEmbedding):
-    """Rotary frequencies of the packed positions, `[T, 1, 1, d]`, where Megatron's own count rows from zero."""
+    """Rotary frequencies of the packed positions, `[T, 1, 1, d]`, where Megatron's own count rows from zero.
+
+    `frequencies`: `[d / 2]` angles a position, as the model's family has them.
+    """
+
+    def __init__(self, *args: Any, frequencies: torch.Tensor, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.inv_freq: torch.Tensor = frequencies.to(self.inv_freq.device)  # type: ignore[has-type]
 
     def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> Any:
         """Hand the packed positions (or, for Transformer Engine, the longest length) to `forward`."""

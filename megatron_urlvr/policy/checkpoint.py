@@ -15,7 +15,7 @@ import queue
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ..layout import broadcast_json, gather_json
 from .hf.families import rope_theta, shape_of
+from .model import PolicyModel, whole_name
 from .optimizer import PolicyOptimizer
 from .policy import Policy
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
 HASHED_BELOW = 64 << 20
@@ -136,6 +137,9 @@ def save(policy: Policy, folder: Path, step: int, trainer: dict[str, Any], *, ke
 def load(policy: Policy, path: Path) -> dict[str, Any]:
     """Restore weights, optimizer, EMA and random state from `path`; returns the trainer's own state. Collective.
 
+    The layout may be another than the one that saved. Random states, which nothing that trains depends on, belong to
+    ranks: they are restored at the same layout alone.
+
     Raises CheckpointError, before anything is changed, when the checkpoint is damaged, foreign or unsafe.
     """
     layout = policy.layout
@@ -149,7 +153,8 @@ def load(policy: Policy, path: Path) -> dict[str, Any]:
             _prepare_for_load(policy.optimizer)
     state = _sharded_state(policy, loading=True)
     loaded = _read(state, path)
-    policy.model.load_state_dict(loaded["model"])
+    for i, chunk in enumerate(policy.chunks):
+        chunk.load_state_dict(loaded[f"model{i}"])
     if policy.optimizer is not None and stepped:
         policy.optimizer.megatron.load_state_dict(loaded["optimizer"])
     elif policy.optimizer is not None:
@@ -158,9 +163,9 @@ def load(policy: Policy, path: Path) -> dict[str, Any]:
         policy.optimizer.megatron.reload_model_params()
     if policy.ema is not None:
         for name, tensor in loaded["ema"].items():
-            if name in policy.ema.tensors:
-                policy.ema.tensors[name].copy_(tensor)
-    _load_rng(path, layout.rank)
+            policy.ema.tensors[name].copy_(tensor)
+    if json.loads((path / MANIFEST).read_text())["layout"] == _sizes(policy):
+        _load_rng(path, layout.rank)
     trainer: dict[str, Any] = json.loads((path / TRAINER).read_text())
     return trainer
 
@@ -186,7 +191,7 @@ def verify(path: Path, fingerprint: dict[str, Any]) -> str:
     """A sentence that says what is wrong with a checkpoint; empty when it is whole and of this model."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        written, files, model, _ = (manifest[key] for key in ("format", "files", "model", "stepped"))
+        written, files, model, *_ = (manifest[key] for key in ("format", "files", "model", "stepped", "layout"))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return f"checkpoint {path} is refused: it has no readable {MANIFEST}, so it is not one of this program's"
     if written != FORMAT:
@@ -201,14 +206,18 @@ def verify(path: Path, fingerprint: dict[str, Any]) -> str:
             return f"checkpoint {path} is refused: the contents of {name} have changed since it was written"
     if model != fingerprint:
         differing = sorted(k for k in {*model, *fingerprint} if model.get(k) != fingerprint.get(k))
-        return f"checkpoint {path} is refused: it belongs to another model or layout ({', '.join(differing)} differ)"
+        return f"checkpoint {path} is refused: it belongs to another model ({', '.join(differing)} differ)"
+    problem = index_problem(path)
+    return problem and f"checkpoint {path} is refused: {problem}"
+
+
+def index_problem(path: Path) -> str:
+    """What forbids reading a checkpoint's index, which is a pickle; empty when it names nothing that runs code."""
     try:
         unsafe = _unsafe_names(path / ".metadata")
     except Exception as error:  # a broken pickle raises whatever its bytes happen to ask for
-        return f"checkpoint {path} is refused: its index cannot be read ({type(error).__name__}: {error})"
-    if unsafe:
-        return f"checkpoint {path} is refused: its index names {', '.join(unsafe)}, which no checkpoint needs"
-    return ""
+        return f"its index cannot be read ({type(error).__name__}: {error})"
+    return f"its index names {', '.join(unsafe)}, which no checkpoint needs" if unsafe else ""
 
 
 def _unsafe_names(index: Path) -> list[str]:
@@ -267,24 +276,28 @@ def _write_manifest(folder: Path, policy: Policy, step: int) -> None:
             os.fsync(handle.fileno())
         files[str(file.relative_to(folder))] = entry
     stepped = policy.optimizer is not None and policy.optimizer.stepped
-    manifest = {"format": FORMAT, "step": step, "stepped": stepped, "model": _fingerprint(policy), "files": files}
+    manifest = {"format": FORMAT, "step": step, "stepped": stepped, "layout": _sizes(policy)}
+    manifest |= {"model": _fingerprint(policy), "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 def _fingerprint(policy: Policy) -> dict[str, Any]:
     """What a checkpoint and the policy that loads it must have in common."""
     keys = ("architectures", "num_hidden_layers", "tie_word_embeddings", "rms_norm_eps")
-    layout = policy.layout
-    shape = shape_of(policy.hf, tp=layout.tp)
     return {
         **{key: policy.hf.get(key) for key in keys},
-        **vars(shape),
+        **vars(shape_of(policy.hf, tp=1)),
         "rope_theta": rope_theta(policy.hf),
         "dtype": str(policy.dtype),
-        "layout": [layout.tp, layout.pp, layout.dp],
         "optimizer": None if policy.optimizer is None else ("distributed" if policy.optimizer.distributed else "plain"),
         "ema": policy.ema is not None,
     }
+
+
+def _sizes(policy: Policy) -> list[int]:
+    """The layout: tp, pp, chunks a rank, dp."""
+    layout = policy.layout
+    return [layout.tp, layout.pp, len(policy.chunks), layout.dp]
 
 
 def _agree(policy: Policy, problem: str) -> str:
@@ -336,21 +349,28 @@ def _metadata(policy: Policy) -> dict[str, Any]:
 
 
 def _sharded_state(policy: Policy, *, loading: bool = False) -> dict[str, Any]:
-    model = policy.model.sharded_state_dict()
-    state: dict[str, Any] = {"model": model}
+    state: dict[str, Any] = _model_state(policy)
     if policy.optimizer is not None and policy.optimizer.stepped:  # before the first step there are no moments
+        _patch_distributed_optimizer(policy.optimizer)
         state["optimizer"] = policy.optimizer.megatron.sharded_state_dict(
-            model, is_loading=loading, metadata=_metadata(policy)
+            _model_state(policy), is_loading=loading, metadata=_metadata(policy)
         )
     if policy.ema is not None:
-        state["ema"] = _with_tensors(policy.model.sharded_state_dict(), policy.ema.tensors)
+        state["ema"] = {}
+        for chunk in policy.chunks:
+            state["ema"] |= _with_tensors(chunk, policy.ema.tensors)
     return state
 
 
-def _with_tensors(sharded: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """A model's sharded state that stores `tensors` (by local name) under keys of its own."""
+def _model_state(policy: Policy) -> dict[str, Any]:
+    return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
+
+
+def _with_tensors(chunk: PolicyModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """A chunk's sharded state that stores `tensors` (by name in the whole model) under keys of its own."""
     out = {}
-    for name, entry in sharded.items():
+    for local, entry in chunk.sharded_state_dict().items():
+        name = whole_name(chunk, local)
         if isinstance(entry, ShardedTensor | ShardedTensorFactory) and name in tensors:
             entry.key = f"ema.{entry.key}"
             entry.data = tensors[name]
@@ -365,7 +385,44 @@ def _prepare_for_load(optimizer: PolicyOptimizer) -> None:
     for part in optimizer.parts:
         if optimizer.distributed:
             part._init_optimizer_states_with_dummy_values()
-            _patch_step_load(type(part))
+
+
+def _patch_distributed_optimizer(optimizer: PolicyOptimizer) -> None:
+    """Ways around two faults of megatron-core 0.16.1's distributed optimizer, taken once a process."""
+    for part in optimizer.parts if optimizer.distributed else ():
+        _patch_step_load(type(part))
+        _patch_padding(type(part))
+
+
+def _patch_padding(optimizer_class: Any) -> None:
+    """The states gathered for a checkpoint leave out the padding behind each bucket, and are then cut by positions that
+    count it: behind the first bucket (a pipeline's last stage has two when embeddings are tied) every parameter would
+    get a part of its neighbour's state. Put the padding in."""
+    original = optimizer_class.get_parameter_state_dp_zero
+    if getattr(original, "keeps_padding", False):
+        return
+
+    def with_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = original(self, *args, **kwargs)
+        for i, buffer in enumerate(self.buffers) if state is not None else ():
+            for tensors in state[i].values():
+                for name in ("param", "exp_avg", "exp_avg_sq"):
+                    if name in tensors:
+                        tensors[name] = _padded(tensors[name], buffer)
+        return state
+
+    with_padding.keeps_padding = True  # type: ignore[attr-defined]
+    optimizer_class.get_parameter_state_dp_zero = with_padding
+
+
+def _padded(coalesced: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """`coalesced`: a buffer's entries, bucket after bucket without padding -> the same at the buffer's own places."""
+    placed = coalesced.new_zeros(buffer.numel)
+    start = 0
+    for bucket in buffer.buckets:
+        placed[bucket.offset : bucket.offset + bucket.numel_unpadded] = coalesced[start : start + bucket.numel_unpadded]
+        start += bucket.numel_unpadded
+    return placed
 
 
 def _patch_step_load(optimizer_class: Any) -> None:

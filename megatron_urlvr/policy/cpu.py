@@ -134,9 +134,16 @@ def _patch_random(random: Any) -> None:
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state" not in record.getMessage())
 
 
+def _patch_moe(moe_utils: Any) -> None:
+    """The router asks whether Transformer Engine's matmul is there by a name that exists only where it is (0.16.1)."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 _PATCHES: Mapping[str, Callable[[Any], None]] = {
     "megatron.core": _patch_tensors,
     "megatron.core.jit": _patch_jit,
     "megatron.core.tensor_parallel.random": _patch_random,
+    "megatron.core.transformer.moe.moe_utils": _patch_moe,
 }
 """What else changes once a module has run."""

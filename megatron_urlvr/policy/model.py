@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from urlvr_kernels import lm_head_stats
 from ..config.parallel import ParallelSection
 from ..layout import Layout
 from .attention import PackedAttention, PackedRotaryEmbedding, PackedSequence
-from .hf.families import Family, rope_theta, shape_of
+from .hf.families import Family, experts_of, rope_frequencies, rope_theta, shape_of
 
 
 def has_transformer_engine() -> bool:
@@ -50,7 +50,8 @@ class RMSNorm(torch.nn.RMSNorm):
 class PolicyModel(GPTModel):
     """GPTModel whose head returns token statistics of the response tokens: `[T, V]` logits never leave it."""
 
-    def __init__(self, *args: Any, real_vocab: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, real_vocab: int, frequencies: torch.Tensor, **kwargs: Any) -> None:
+        """`frequencies`: `[head_dim / 2]` rotary angles a position."""
         super().__init__(*args, **kwargs)
         self.real_vocab = real_vocab
         self.head = Head(("logp",), 1.0)
@@ -61,6 +62,7 @@ class PolicyModel(GPTModel):
             rotary_base=self.rotary_base,
             use_cpu_initialization=self.config.use_cpu_initialization,
             cp_group=cp_group,
+            frequencies=frequencies,
         )
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | KernelStats:
@@ -106,7 +108,7 @@ def transformer_config(
     """Megatron's config of a Hugging Face one."""
     shape = shape_of(hf, tp=parallel.tp)
     std = float(hf.get("initializer_range", 0.02))
-    recompute_fields = RECOMPUTE[recompute]
+    more = {**RECOMPUTE[recompute], **_stages(parallel), **(_experts(hf) if family.experts else {})}
     return TransformerConfig(
         num_layers=int(hf["num_hidden_layers"]),
         hidden_size=shape.hidden,
@@ -121,6 +123,7 @@ def transformer_config(
         bias_activation_fusion=False,
         add_bias_linear=False,
         add_qkv_bias=family.qkv_bias,
+        qk_layernorm=family.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method=lambda weight: torch.nn.init.normal_(weight, 0.0, std),
@@ -136,11 +139,42 @@ def transformer_config(
         persist_layer_norm=False,
         calculate_per_token_loss=True,
         variable_seq_lengths=False,
-        **recompute_fields,
+        **more,
     )
 
 
-def layer_spec(config: TransformerConfig, *, share_prefix: bool) -> TransformerBlockSubmodules:
+def _stages(parallel: ParallelSection) -> dict[str, Any]:
+    """How layers are cut into pipeline stages, where Megatron's even cut is not wanted."""
+    fields: dict[str, Any] = {}
+    if parallel.vpp > 1:
+        # Batched messages of two ranks, each the other's next and previous one, are matched by their order alone, and
+        # activations of the interleaved schedule would be taken for gradients of the same shape (seen on gloo).
+        fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+        fields["virtual_pipeline_model_parallel_size"] = parallel.vpp
+    if parallel.stage_layers is not None:
+        layout = [["decoder"] * count for count in parallel.stage_layers]
+        fields["pipeline_model_parallel_layout"] = [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
+    return fields
+
+
+def _experts(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Routing as in transformers' Qwen3MoeTopKRouter: a softmax over all experts, of which the `topk` largest weigh the
+    experts' outputs, made to add up to one where `norm_topk_prob` says so (a softmax over the chosen ones does)."""
+    return {
+        "num_moe_experts": experts_of(hf),
+        "moe_ffn_hidden_size": int(hf["moe_intermediate_size"]),
+        "moe_router_topk": int(hf["num_experts_per_tok"]),
+        "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "allgather",
+        "moe_layer_freq": 1,
+    }
+
+
+def layer_spec(
+    config: TransformerConfig, *, share_prefix: bool, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
     """Transformer Engine's layers where there are GPUs and it is installed, Megatron's local ones elsewhere.
 
     Attention is Transformer Engine's for plain packed sequences, and this package's where prefixes are shared.
@@ -148,19 +182,31 @@ def layer_spec(config: TransformerConfig, *, share_prefix: bool) -> TransformerB
     if has_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm
 
-        spec = get_gpt_layer_with_transformer_engine_spec()
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+        )
         norm: Any = TENorm
         own_attention = share_prefix
     else:
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec = get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+        )
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm = RMSNorm
+        if config.num_moe_experts:
+            # Checkpoints carry Transformer Engine's names, where the norm before experts stands alone.
+            names = spec.submodules.sharded_state_dict_keys_map
+            spec.submodules.sharded_state_dict_keys_map = {k: v for k, v in names.items() if "pre_mlp" not in k}
+        if config.qk_layernorm:
+            attention = spec.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
         own_attention = True
     if own_attention:
         spec.submodules.self_attention.submodules.core_attention = PackedAttention
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=norm)
 
 
-def build_model(
+def build_chunks(
     hf: Mapping[str, Any],
     family: Family,
     parallel: ParallelSection,
@@ -170,20 +216,41 @@ def build_model(
     recompute: str,
     share_prefix: bool,
     real_vocab: int,
-) -> PolicyModel:
-    """This rank's part of the model, on its device, with random weights."""
+) -> list[PolicyModel]:
+    """This rank's parts of the model (one, or `parallel.vpp` of them), on its device, with random weights."""
     config = transformer_config(hf, family, parallel, dtype=dtype, recompute=recompute)
-    model = PolicyModel(
-        config,
-        layer_spec(config, share_prefix=share_prefix),
-        vocab_size=shape_of(hf, tp=parallel.tp).padded_vocab,
-        max_sequence_length=int(hf["max_position_embeddings"]),
-        pre_process=layout.pp_rank == 0,
-        post_process=layout.pp_rank == layout.pp - 1,
-        position_embedding_type="rope",
-        rotary_base=int(rope_theta(hf)),
-        share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings", False)),
-        parallel_output=True,
-        real_vocab=real_vocab,
-    )
-    return model.to(layout.device)
+    shape = shape_of(hf, tp=parallel.tp)
+    chunks = []
+    for stage in range(parallel.vpp):
+        vp_stage = stage if parallel.vpp > 1 else None
+        model = PolicyModel(
+            config,
+            layer_spec(config, share_prefix=share_prefix, vp_stage=vp_stage),
+            vocab_size=shape.padded_vocab,
+            max_sequence_length=int(hf["max_position_embeddings"]),
+            pre_process=layout.pp_rank == 0 and stage == 0,
+            post_process=layout.pp_rank == layout.pp - 1 and stage == parallel.vpp - 1,
+            position_embedding_type="rope",
+            rotary_base=int(rope_theta(hf)),
+            share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings", False)),
+            parallel_output=True,
+            vp_stage=vp_stage,
+            real_vocab=real_vocab,
+            frequencies=rope_frequencies(hf, shape.head_dim),
+        )
+        chunks.append(model.to(layout.device))
+    return chunks
+
+
+def parameters_of(chunks: Sequence[PolicyModel]) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters by their names in the whole model: layers are counted from its first."""
+    return {whole_name(chunk, name): parameter for chunk in chunks for name, parameter in chunk.named_parameters()}
+
+
+def whole_name(chunk: PolicyModel, name: str) -> str:
+    """A chunk's name of a parameter, as the whole model would call it."""
+    if not name.startswith("decoder.layers."):
+        return name
+    head, _, local, rest = name.split(".", 3)
+    number = chunk.decoder.layers[int(local)].layer_number - 1
+    return f"{head}.layers.{number}.{rest}"

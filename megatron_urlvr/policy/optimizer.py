@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,8 +43,8 @@ def wrap(model: PolicyModel, *, distributed: bool) -> DistributedDataParallel:
 class PolicyOptimizer:
     """AdamW over Megatron's masters, stepped only with finite gradients."""
 
-    def __init__(self, section: OptimSection, model: DistributedDataParallel, *, distributed: bool) -> None:
-        params_dtype = next(model.parameters()).dtype
+    def __init__(self, section: OptimSection, chunks: Sequence[DistributedDataParallel], *, distributed: bool) -> None:
+        params_dtype = next(chunks[0].parameters()).dtype
         self.clip = section.clip_grad
         self.weight_decay = section.weight_decay
         self.distributed = distributed
@@ -62,7 +63,7 @@ class PolicyOptimizer:
                 bf16=params_dtype == torch.bfloat16,
                 use_distributed_optimizer=distributed,
             ),
-            [model],
+            list(chunks),
         )
 
     def zero_grad(self) -> None:

@@ -30,7 +30,7 @@ from .attention import PackedSequence
 from .batch import PackedBatch, Row, pack, plan_microbatches
 from .hf.families import family_of
 from .hf.folder import read_config, write_folder
-from .model import Head, build_model, has_transformer_engine
+from .model import Head, build_chunks, has_transformer_engine, parameters_of
 from .optimizer import NonFiniteError, PolicyOptimizer, wrap
 from .weights import Shadow, WeightMap
 
@@ -75,8 +75,8 @@ class Policy:
         self.max_tokens = parallel.max_tokens_per_microbatch
         self.share_prefix = _share_prefix(parallel)
         self.dtype = _dtype(model.dtype, layout.device)
-        distributed = layout.dp > 1 if parallel.distributed_optimizer == "auto" else parallel.distributed_optimizer
-        self.model = build_model(
+        distributed = parallel.distributed_optimizer
+        self.chunks = build_chunks(
             self.hf,
             family,
             parallel,
@@ -86,18 +86,20 @@ class Policy:
             share_prefix=self.share_prefix,
             real_vocab=real_vocab or int(self.hf["vocab_size"]),
         )
-        self.weights = WeightMap(self.model, family, self.hf, layout)
+        """The model: its parts of this rank, one or (interleaved stages) several, in the order of their layers."""
+        self.parameters = parameters_of(self.chunks)
+        self.weights = WeightMap(self.chunks, family, self.hf, layout)
         if load_weights:
             self.weights.load(model.path)
-        self.reference = Shadow(self.model) if keep_reference else None
-        self.ema = Shadow(self.model, decay=optim.ema_decay) if optim and optim.ema_decay else None
+        self.reference = Shadow(self.parameters) if keep_reference else None
+        self.ema = Shadow(self.parameters, decay=optim.ema_decay) if optim and optim.ema_decay else None
         self.optimizer: PolicyOptimizer | None = None
-        self.trained: Any = self.model
+        self.trained: list[Any] = list(self.chunks)
         if optim is not None:
-            self.trained = wrap(self.model, distributed=distributed)
+            self.trained = [wrap(chunk, distributed=distributed) for chunk in self.chunks]
             self.optimizer = PolicyOptimizer(optim, self.trained, distributed=distributed)
         # The loss is normalised already: finish the gradient reduction, divide by nothing.
-        self.model.config.finalize_model_grads_func = lambda model, num_tokens, **kwargs: finalize_model_grads(
+        self.chunks[0].config.finalize_model_grads_func = lambda model, num_tokens, **kwargs: finalize_model_grads(
             model, None, **kwargs
         )
 
@@ -119,10 +121,10 @@ class Policy:
         Independent of micro-batching and layout up to rounding; the same bits on all ranks of a replica.
         """
         outputs = tuple(sorted(want))
-        self.model.eval()
+        self._train(False)
         with self._using(weights):
             plan, found = self._run(rows, Head(outputs, temperature or self.temperature), loss=None)
-        self.model.train()
+        self._train(True)
         count = sum(len(row.response) for row in rows)
         table = torch.empty(len(outputs), count, device=self.layout.device)
         order = [i for part in plan for i in part]
@@ -136,6 +138,10 @@ class Policy:
             result[i] = TokenStats(**{name: part[k] for k, name in enumerate(outputs)})
         return result
 
+    def _train(self, mode: bool) -> None:
+        for chunk in self.chunks:
+            chunk.train(mode)
+
     @contextlib.contextmanager
     def _using(self, weights: Weights) -> Iterator[None]:
         if weights == "policy":
@@ -144,7 +150,7 @@ class Policy:
         shadow = self.reference if weights == "reference" else self.ema
         if shadow is None:
             raise ValueError(f"the policy keeps no {weights} weights; build it with them to score under them")
-        with shadow.swapped_into(self.model):
+        with shadow.swapped_into(self.parameters):
             yield
 
     # -- training -----------------------------------------------------------------------------------------------------
@@ -156,7 +162,8 @@ class Policy:
         weights untouched, when loss or gradient is not finite.
         """
         assert self.optimizer is not None, "this policy was built without an optimizer"
-        self.trained.zero_grad_buffer()
+        for chunk in self.trained:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = tuple(sorted(loss.needs | {"logp", "entropy"}))
         _, found = self._run(rows, Head(outputs, self.temperature), loss=loss)
@@ -166,7 +173,7 @@ class Policy:
         metrics["train/grad_norm"] = self.optimizer.step(lr)
         metrics["train/lr"] = lr
         if self.ema is not None:
-            self.ema.track(self.model)
+            self.ema.track(self.parameters)
         return metrics
 
     def _reduce(self, found: list[dict[str, torch.Tensor]]) -> dict[str, float]:
@@ -201,17 +208,20 @@ class Policy:
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=layout.control)
             plan += [[] for _ in range(int(most) - len(plan))]
         plan = plan or [[]]
+        if len(self.chunks) > 1:  # Megatron's interleaved schedule takes micro-batches in groups of pp
+            plan += [[] for _ in range(-len(plan) % layout.pp)]
         pad = layout.tp
         batches = [pack(rows, part, share_prefix=self.share_prefix, pad_to=pad) for part in plan]
         if layout.pp > 1:
             # Stages exchange activations of one agreed shape.
             length = max(batch.tokens.shape[1] for batch in batches)
             batches = [pack(rows, part, share_prefix=self.share_prefix, pad_to=pad, length=length) for part in plan]
-        self.model.head = head
+        for chunk in self.chunks:
+            chunk.head = head
         collected = get_forward_backward_func()(
             forward_step_func=partial(self._forward, rows, loss),
-            data_iterator=iter(batches),
-            model=[self.trained if loss is not None else self.model],
+            data_iterator=[iter(batches) for _ in self.chunks],
+            model=list(self.trained if loss is not None else self.chunks),
             num_microbatches=len(batches),
             seq_length=batches[0].tokens.shape[1],
             micro_batch_size=1,
@@ -229,8 +239,9 @@ class Policy:
         if loss is not None:
             batch.upstream = loss.upstream(_inputs(batch))
         output = model(batch.tokens, None, None, packed_seq_params=PackedSequence.of(batch))
-        finish = _collect if loss is None else partial(_loss, loss, batch)
-        return output, finish
+        if loss is not None:
+            return output, partial(_loss, loss, batch)
+        return (output if isinstance(output, torch.Tensor) else _table(output)), _kept
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
@@ -247,7 +258,11 @@ class Policy:
                 pass
 
 
-def _collect(stats: Any, non_loss_data: bool = True) -> torch.Tensor:
+def _kept(table: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+    return table
+
+
+def _table(stats: Any) -> torch.Tensor:
     """Scoring: the asked-for statistics of one micro-batch, `[K, R]` float32, in the order of their names."""
     present = [getattr(stats, name) for name in sorted(vars(stats)) if getattr(stats, name) is not None]
     return torch.stack(present)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..exit_codes import UnusableInput
 from ..layout import Layout
 from .hf.families import TRANSFORMER_ENGINE_NAMES, Family, rules_for, shape_of
 from .hf.folder import TensorFolder
 from .hf.rules import Rule, Shape, expected_shape, join_shards, take_shard
-from .model import PolicyModel, has_transformer_engine
+from .model import PolicyModel, has_transformer_engine, parameters_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,6 @@ class Slot:
     """One Megatron parameter of the whole model, and where it lives."""
 
     rule: Rule
-    hf: tuple[str, ...]
     stage: int
     local: torch.nn.Parameter | None
     """This rank's shard; None on other stages."""
@@ -33,19 +31,18 @@ class Slot:
 class WeightMap:
     """The policy's parameters by Hugging Face name, at any layout."""
 
-    def __init__(self, model: PolicyModel, family: Family, hf: Mapping[str, Any], layout: Layout) -> None:
+    def __init__(self, chunks: Sequence[PolicyModel], family: Family, hf: Mapping[str, Any], layout: Layout) -> None:
         self.layout = layout
         self.shape: Shape = shape_of(hf, tp=layout.tp)
         self.tied = bool(hf.get("tie_word_embeddings", False))
         layers = int(hf["num_hidden_layers"])
-        mine = _global_names(model)
+        mine = parameters_of(chunks)
         stage_of = self._stages(mine, layers)
         self.slots: list[Slot] = []
-        for rule, layer in rules_for(family, layers, tied=self.tied):
-            name = _local_name(rule.megatron, layer)
+        for rule, layer in rules_for(family, layers, tied=self.tied, experts=self.shape.experts):
+            name = local_name(rule.megatron, experts=family.experts)
             stage = stage_of[layer] if layer is not None else (0 if rule in family.first else layout.pp - 1)
-            hf_names = tuple(part if layer is None else part.format(l=layer) for part in rule.hf)
-            self.slots.append(Slot(rule, hf_names, stage, mine.get(name) if stage == layout.pp_rank else None))
+            self.slots.append(Slot(rule, stage, mine.get(name) if stage == layout.pp_rank else None))
         # With tied embeddings the last of several stages holds a copy of the input table as its output layer.
         self.tied_copy = mine.get("output_layer.weight") if self.tied else None
 
@@ -65,18 +62,13 @@ class WeightMap:
         Raises UnusableInput naming a missing, misshapen or unexpected tensor.
         """
         source = TensorFolder(folder)
-        known = {name for slot in self.slots for name in slot.hf}
-        extra = {name for name in source.names() - known if not name.endswith("rotary_emb.inv_freq")}
-        if self.tied:
-            extra.discard("lm_head.weight")
-        if extra:
-            raise UnusableInput(f"model.path = {folder}: unexpected tensor {min(extra)} (and {len(extra) - 1} more)")
+        source.refuse_unexpected({name for slot in self.slots for name in slot.rule.hf}, tied=self.tied)
         with torch.no_grad():
             for slot in self.slots:
                 tied_here = self.tied_copy is not None and slot is self.slots[0]
                 if slot.local is None and not tied_here:
                     continue
-                parts = [source.read(name, expected_shape(name, self.shape)) for name in slot.hf]
+                parts = [source.read(name, expected_shape(name, self.shape)) for name in slot.rule.hf]
                 whole = slot.rule.merge(parts, self.shape)
                 shard = take_shard(whole, slot.rule.shard, self.layout.tp_rank, self.layout.tp)
                 if slot.local is not None:
@@ -104,7 +96,7 @@ class WeightMap:
             if layout.pp > 1:
                 whole = self._from_stage(slot, whole)
             assert whole is not None
-            yield from zip(slot.hf, slot.rule.split(whole, self.shape), strict=True)
+            yield from zip(slot.rule.hf, slot.rule.split(whole, self.shape), strict=True)
 
     def _from_stage(self, slot: Slot, whole: torch.Tensor | None) -> torch.Tensor:
         """Broadcast a whole tensor from its stage along the pipeline."""
@@ -125,24 +117,11 @@ class WeightMap:
         return next(slot.local.dtype for slot in self.slots if slot.local is not None)
 
 
-def _global_names(model: PolicyModel) -> dict[str, torch.nn.Parameter]:
-    """Parameters of this stage by their name in the whole model."""
-    names = {}
-    for name, parameter in model.named_parameters():
-        if name.startswith("decoder.layers."):
-            head, _, local, rest = name.split(".", 3)
-            number = model.decoder.layers[int(local)].layer_number - 1
-            name = f"{head}.layers.{number}.{rest}"
-        names[name] = parameter
-    return names
-
-
-def _local_name(pattern: str, layer: int | None) -> str:
-    """A rule's Megatron name for `layer`, as the layer spec in use spells it."""
-    name = pattern if layer is None else pattern.format(l=layer)
-    if layer is not None and has_transformer_engine():
+def local_name(name: str, *, experts: bool = False) -> str:
+    """A rule's Megatron name as the layer spec in use spells it. A mixture of `experts` keeps its norm apart."""
+    if has_transformer_engine() and name.startswith("decoder.layers."):
         for plain, fused in TRANSFORMER_ENGINE_NAMES.items():
-            if name.endswith("." + plain):
+            if name.endswith("." + plain) and not (experts and plain.startswith("pre_mlp")):
                 return name.removesuffix(plain) + fused
     return name
 
@@ -150,40 +129,39 @@ def _local_name(pattern: str, layer: int | None) -> str:
 class Shadow:
     """A second set of weights beside the policy's: the reference, or an exponential moving average.
 
-    Tensors are float32 shards in host memory, one for each local parameter.
+    Tensors are float32 shards in host memory, one for each of this rank's parameters (`parameters_of`).
     """
 
-    def __init__(self, model: torch.nn.Module, *, decay: float | None = None) -> None:
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], *, decay: float | None = None) -> None:
         self.decay = decay
-        self.tensors = {name: _master(p).detach().float().cpu().clone() for name, p in model.named_parameters()}
+        self.tensors = {name: _master(p).detach().float().cpu().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
-    def track(self, model: torch.nn.Module) -> None:
+    def track(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """One EMA step: shadow = decay * shadow + (1 - decay) * masters."""
         assert self.decay is not None
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters.items():
             self.tensors[name].lerp_(_master(parameter).detach().float().cpu(), 1 - self.decay)
 
     @contextmanager
-    def swapped_into(self, model: torch.nn.Module) -> Iterator[None]:
+    def swapped_into(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[None]:
         """Run with these weights in the model; the policy's own come back bit for bit, whatever happens inside.
 
         `copy_` bumps tensor versions, so that caches of the head (its column sums) are made anew.
         """
-        kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         try:
             with torch.no_grad():
-                for name, parameter in model.named_parameters():
+                for name, parameter in parameters.items():
                     parameter.copy_(self.tensors[name])
             yield
         finally:
             with torch.no_grad():
-                for name, parameter in model.named_parameters():
+                for name, parameter in parameters.items():
                     parameter.copy_(kept[name])
 
 
 def _master(parameter: torch.Tensor) -> torch.Tensor:
-    """The optimizer's float32 master of a parameter, where it is whole; else the parameter."""
+    """The optimizer's float32 master of a parameter, where this rank has all of it; else the parameter."""
     main = getattr(parameter, "main_param", None)
-    sharded = getattr(parameter, "main_param_sharded", False)
-    return parameter if main is None or sharded else main
+    return parameter if main is None or main.numel() != parameter.numel() else main.view(parameter.shape)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from layout_cases import Case, Seen, config_of, make_cases, observe, sampling_config
+from layout_cases import Case, Seen, config_of, hand_on, make_cases, observe, sampling_config, write_families
 
 from megatron_urlvr.train import main as train
 
@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 TIMEOUT_S = 500
 LAUNCHES: list[dict[str, dict[str, Any]]] = [
     {"tp2": {"tp": 2}, "tp2_sp": {"tp": 2, "sequence_parallel": True}},
+    {"pp2_vpp2": {"pp": 2, "vpp": 2}, "pp2_uneven": {"pp": 2, "stage_layers": [3, 1]}},
     {
         "pp2": {"pp": 2},
         "dp2": {"dp": 2},
@@ -55,7 +56,14 @@ def layout_name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def launched(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_families(tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture(scope="session")
+def launched(
+    cases: dict[str, Case], families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """The folder of what two processes saw in a layout. Layouts of one group are computed at the first one's turn."""
     folders: dict[str, Path] = {}
 
@@ -63,7 +71,10 @@ def launched(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -
         if name not in folders:
             group = next(group for group in LAUNCHES if name in group)
             out = tmp_path_factory.mktemp("_".join(group))
-            job = {"layouts": group, "cases": [asdict(case) for case in cases.values()]}
+            job = {"layouts": group, "cases": [asdict(case) for case in cases.values()], "families": families}
+            job["chain"] = cases["tied"].model if group is LAUNCHES[0] else None
+            if job["chain"]:
+                hand_on(cases["tied"].model, out / "chain", {})
             (out / "job.json").write_text(json.dumps(job, default=str))
             folders.update({each: out / each for each in group})
             launch(out, processes=2)
@@ -81,6 +92,23 @@ def together(layout_name: str, cases: dict[str, Case], launched: Callable[[str],
         ranks = [torch.load(out / f"{name}_{rank}.pt", weights_only=False) for rank in range(2)]
         found[name] = Seen(ranks, out / f"{name}_run", out / "sampled")
     return found
+
+
+@pytest.fixture(scope="session")
+def chain(cases: dict[str, Case], launched: Callable[[str], Path]) -> tuple[list[Any], list[Any]]:
+    """What one process, two in one layout after the other, and one again see of one training; and one alone."""
+    out = launched(next(iter(LAUNCHES[0]))).parent
+    model = cases["tied"].model
+    handed: list[Any] = json.loads((out / "chain_0.json").read_text())
+    handed.append(hand_on(model, out / "chain", {}))
+    alone = [hand_on(model, out / "uninterrupted", {}) for _ in range(1 + len(handed))]
+    return handed, alone[1:]
+
+
+@pytest.fixture(scope="session")
+def family_scores(layout_name: str, launched: Callable[[str], Path]) -> list[dict[str, list[torch.Tensor]]]:
+    """Log-probs of every family in this layout, as each of two ranks saw them."""
+    return [torch.load(launched(layout_name) / f"families_{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 def launch(out: Path, *, processes: int) -> None:

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from layout_cases import Case, check_checkpoint, config_of, observe, sampling_config
+from layout_cases import (
+    CHAIN,
+    Case,
+    check_checkpoint,
+    config_of,
+    hand_on,
+    observe,
+    sampling_config,
+    score_families,
+)
 
 from megatron_urlvr.train import main as train
 
@@ -19,9 +28,18 @@ def run(job: dict, folder: Path) -> None:
     """`job`: the `parallel` settings of each layout, and the cases' files."""
     torch.set_num_threads(1)
     meetings = count()
+    if job["chain"]:
+        found = []
+        for parallel in CHAIN.values():
+            meet(folder, next(meetings))
+            found.append(hand_on(Path(job["chain"]), folder / "chain", parallel))
+        (folder / f"chain_{os.environ['RANK']}.json").write_text(json.dumps(found))
     for name, parallel in job["layouts"].items():
         out = folder / name
         out.mkdir(exist_ok=True)
+        meet(folder, next(meetings))
+        folders = {family: Path(path) for family, path in job["families"].items()}
+        torch.save(score_families(folders, parallel), out / f"families_{os.environ['RANK']}.pt")
         for fields in job["cases"]:
             case = Case(fields["name"], Path(fields["model"]), Path(fields["recorded"]), fields["vocab"])
             config = config_of(case, out / f"{case.name}_run", parallel=parallel)

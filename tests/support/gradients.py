@@ -20,11 +20,11 @@ def policy_gradients(policy: Policy) -> dict[str, torch.Tensor]:
     """
     if policy.layout.dp > 1 and policy.optimizer is not None and policy.optimizer.distributed:
         _gather_shards(policy)
-    kept = {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()}
-    for parameter in policy.model.parameters():
+    kept = {name: parameter.detach().clone() for name, parameter in policy.parameters.items()}
+    for parameter in policy.parameters.values():
         parameter.data.copy_(parameter.main_grad)
     found = {name: tensor.clone() for name, tensor in policy.export()}
-    for name, parameter in policy.model.named_parameters():
+    for name, parameter in policy.parameters.items():
         parameter.data.copy_(kept[name])
     return found
 
@@ -34,7 +34,7 @@ def _gather_shards(policy: Policy) -> None:
     from megatron.core import parallel_state
 
     group = parallel_state.get_data_parallel_group()
-    for buffer in policy.trained.buffers:
+    for buffer in (buffer for chunk in policy.trained for buffer in chunk.buffers):
         for bucket in buffer.buckets:
             own = bucket.grad_data.chunk(policy.layout.dp)[policy.layout.dp_rank].clone()
             parts = [torch.empty_like(own) for _ in range(policy.layout.dp)]

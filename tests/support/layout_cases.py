@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from gradients import policy_gradients
-from tiny_models import write_qwen2
+from tiny_models import FAMILIES, random_rows, write_family, write_qwen2
 
 from megatron_urlvr.algorithms.advantages import get_advantage
 from megatron_urlvr.algorithms.direct import build_objective
@@ -34,7 +34,8 @@ from megatron_urlvr.layout import Layout, joined
 from megatron_urlvr.policy import checkpoint
 from megatron_urlvr.policy.batch import Row, plan_microbatches
 from megatron_urlvr.policy.policy import Policy
-from megatron_urlvr.rewards.registry import available
+from megatron_urlvr.rewards.base import ANSWER, LABEL
+from megatron_urlvr.rewards.registry import available, get_reward
 from megatron_urlvr.rollout.records import group_to_record, write_records
 from megatron_urlvr.rollout.replay import rollout_file
 from megatron_urlvr.types import STATISTICS, Group, Sample, Sampling, samples_of
@@ -50,6 +51,12 @@ OPTIONS: Mapping[str, list[dict[str, Any]]] = {
     "length": [{"target": 5, "sign": -1, "scale": 4}],
 }
 """What the rewards that cannot do without options are given."""
+REWARDS = [
+    name
+    for name in available()
+    if all(need in STATISTICS or need == LABEL or need.startswith(ANSWER) for need in get_reward(name).needs)
+]
+"""The rewards that a recording is enough for: they ask no other model and no program."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ def config_of(
     """
     terms = {
         f"{name} {i}": {"name": name, "weight": 0.1 + 0.07 * (k + i), "normalize": k % 2 == 0, **options}
-        for k, name in enumerate(available())
+        for k, name in enumerate(REWARDS)
         for i, options in enumerate(OPTIONS.get(name, [{}]))
     }
     tree: dict[str, Any] = {
@@ -167,7 +174,7 @@ def make_cases(root: Path) -> list[Case]:
     """An untied model whose whole vocabulary counts, and a tied one of which the tokenizer's part counts."""
     cases = []
     for name, vocab, tokens in (("untied", "config", VOCAB), ("tied", "tokenizer", 21)):
-        model = write_qwen2(root / name, tied=name == "tied", vocab_size=VOCAB, seed=7)
+        model = write_qwen2(root / name, tied=name == "tied", vocab_size=VOCAB, layers=4, seed=7)
         case = Case(name, model, root / f"{name}_recorded", vocab)
         record(case, vocab=tokens)
         cases.append(case)
@@ -282,6 +289,33 @@ def _observe_updates(
     seen.stepped = {name: tensor.clone() for name, tensor in parts.policy.export()}
 
 
+# -- families ---------------------------------------------------------------------------------------------------------
+
+
+def family_rows() -> list[Row]:
+    """Rows that every family is scored on."""
+    return random_rows(6, vocab=VOCAB, longest=40)
+
+
+def write_families(root: Path) -> dict[str, Path]:
+    """A folder of every family, with four layers."""
+    return {name: write_family(root / name, name, layers=4) for name in FAMILIES}
+
+
+def score_families(folders: Mapping[str, Path], parallel: Mapping[str, Any]) -> dict[str, list[torch.Tensor]]:
+    """Log-probs of `family_rows` under every family in a layout. Megatron trains experts under tensor parallelism with
+    sequence parallelism alone: without, they are left out."""
+    section = ParallelSection(**parallel, max_tokens_per_microbatch=48)
+    found = {}
+    with joined(section) as layout:
+        for name, folder in folders.items():
+            if name == "qwen3_moe" and section.tp > 1 and not section.sequence_parallel:
+                continue
+            policy = Policy(ModelSection(path=str(folder)), section, layout)
+            found[name] = [stats.get("logp") for stats in policy.score(family_rows(), frozenset({"logp"}))]
+    return found
+
+
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -316,6 +350,40 @@ def _check_checkpoint(config: Config, layout: Layout, folder: Path) -> None:
         assert not different, f"after a load these differ: {different}"
 
 
+CHAIN: Mapping[str, dict[str, Any]] = {
+    "tp2": {"tp": 2},
+    "pp2": {"pp": 2},
+    "dp2": {"dp": 2},
+    "pp2_vpp2": {"pp": 2, "vpp": 2},
+    "tp2_again": {"tp": 2, "sequence_parallel": True},
+}
+"""Layouts of two processes that hand one training on to the next, each by its checkpoint."""
+
+
+def hand_on(model: Path, folder: Path, parallel: Mapping[str, Any], *, steps: int = 2) -> list[dict[str, float]]:
+    """Go on from the newest checkpoint in `folder`, saved at whatever layout, for some steps, and save; the metrics of
+    each step and sums over the moving average."""
+    section = ParallelSection(**parallel, max_tokens_per_microbatch=24)
+    optim = OptimSection(lr=3e-3, ema_decay=0.5, weight_decay=0.1)
+    found = []
+    with joined(section) as layout:
+        policy = Policy(ModelSection(path=str(model)), section, layout, optim=optim)
+        done = 0
+        path, problems = checkpoint.newest_intact(policy, folder)
+        assert not problems
+        if path is not None:
+            done = checkpoint.load(policy, path)["step"]
+        rows = random_rows(8, vocab=VOCAB, seed=4)
+        for row in rows:
+            row.weight = torch.full((len(row.response),), 0.05)
+        for _ in range(steps):
+            found.append(policy.update(my_share(rows, layout), _Likelihood(), lr=3e-3))
+        ema = policy.score(rows, frozenset({"logp"}), "ema")
+        found.append({"ema": float(sum(stats.get("logp").double().sum() for stats in ema))})
+        checkpoint.save(policy, folder, done + steps, {"step": done + steps}, keep=9)
+    return found
+
+
 class _Likelihood:
     needs = frozenset({"logp"})
 
@@ -338,7 +406,7 @@ def _plain_rows(replica: int) -> list[Row]:
 
 def _state(policy: Policy) -> dict[str, torch.Tensor]:
     """Weights, this rank's optimizer state and the EMA."""
-    state = {f"weight/{name}": p.detach().clone() for name, p in policy.model.named_parameters()}
+    state = {f"weight/{name}": p.detach().clone() for name, p in policy.parameters.items()}
     assert policy.optimizer is not None
     assert policy.ema is not None
     for part in policy.optimizer.parts:

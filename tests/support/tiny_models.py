@@ -1,4 +1,4 @@
-"""Small Qwen2 folders with weights that leave no term of the model at a trivial value, and what transformers says
+"""Small model folders with weights that leave no term of the model at a trivial value, and what transformers says
 about them in float64: the oracle that policy and engine are measured against."""
 
 from __future__ import annotations
@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from megatron_urlvr.data.tasks import get_task
 from megatron_urlvr.data.tokenizer import save_tokenizer
@@ -33,21 +40,55 @@ def write_qwen2(
 
     With `tokenizer` the folder has the 21-entry tokenizer of chain_sum, smaller than the model's vocabulary.
     """
-    fields: dict[str, Any] = {"rope_theta": 10000.0}  # where transformers 5 keeps it, its signature does not say
     config = Qwen2Config(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=128,
-        tie_word_embeddings=tied,
-        rms_norm_eps=1e-5,
-        use_sliding_window=False,
-        **fields,
+        **_sizes(vocab_size, heads, kv_heads), num_hidden_layers=layers, tie_word_embeddings=tied, **_ROPE
     )
-    model = Qwen2ForCausalLM(config)
+    return _write(config, folder, seed=seed, tokenizer=tokenizer)
+
+
+FAMILIES = ("qwen2", "qwen3", "llama2", "llama3", "qwen3_moe")
+"""What `write_family` can write; all but the last are dense."""
+_ROPE: dict[str, Any] = {"rope_theta": 10000.0}  # where transformers 5 keeps it, its signatures do not say
+
+
+def write_family(folder: Path, name: str, *, layers: int = 2, tied: bool = False) -> Path:
+    """A folder of any family: head_dim apart from hidden / heads where the family allows it, and for Llama 3 a rotary
+    scaling that stretches some wavelengths, blends some and leaves some within this model's positions."""
+    common: dict[str, Any] = {
+        **_sizes(29, heads=4, kv_heads=2),
+        "num_hidden_layers": layers,
+        "tie_word_embeddings": tied,
+    }
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    config: PreTrainedConfig
+    if name == "qwen2":
+        config = Qwen2Config(**common, **_ROPE)
+    elif name == "qwen3":
+        config = Qwen3Config(**common, head_dim=16, **_ROPE)
+    elif name == "llama2":
+        config = LlamaConfig(**{**common, "num_key_value_heads": 4}, **_ROPE)
+    elif name == "llama3":
+        config = LlamaConfig(**common, rope_parameters={"rope_type": "llama3", "rope_theta": 500.0, **scaling})
+    else:
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+        config = Qwen3MoeConfig(**common, head_dim=16, **experts, **_ROPE)
+    return _write(config, folder, seed=11)
+
+
+def _sizes(vocab: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+    }
+
+
+def _write(config: PreTrainedConfig, folder: Path, *, seed: int, tokenizer: bool = True) -> Path:
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -65,9 +106,10 @@ def write_qwen2(
 
 
 @functools.cache
-def hf_model(folder: Path, dtype: torch.dtype = torch.float64) -> Qwen2ForCausalLM:
+def hf_model(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
     """The model of `folder` as transformers reads it; the same object at every call."""
-    return Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    slow = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **slow).eval()
 
 
 def hf_logits(model: Any, row: Row) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,17 @@ class TensorFolder:
         """Names of all tensors."""
         return frozenset(self._file_of)
 
+    def refuse_unexpected(self, known: Set[str], *, tied: bool) -> None:
+        """UnusableInput that names a tensor of the folder which is not in `known`. Rotary tables, which old folders
+        hold, and the head of a `tied` model are passed over: the config and the embeddings say the same."""
+        extra = {name for name in self.names() - known if not name.endswith("rotary_emb.inv_freq")}
+        if tied:
+            extra.discard("lm_head.weight")
+        if extra:
+            raise UnusableInput(
+                f"model.path = {self.folder}: unexpected tensor {min(extra)} (and {len(extra) - 1} more)"
+            )
+
     def read(self, name: str, expected: tuple[int, ...]) -> torch.Tensor:
         """One tensor, on the CPU; UnusableInput when it is missing or misshapen."""
         if name not in self._file_of:
@@ -86,6 +97,29 @@ class TensorFolder:
                 " from config.json"
             )
         return tensor
+
+
+_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+
+
+def write_tensors(path: Path, described: Sequence[tuple[str, torch.Tensor]], tensors: Iterable[torch.Tensor]) -> None:
+    """Write one safetensors file, a tensor at a time. `described`: names, types and shapes, in the order of `tensors`.
+
+    The format: the header's length (8 bytes, little-endian), the header (JSON, padded with spaces), the bytes. KeyError
+    for a type that the format has no name for here.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in described:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (_, expected), tensor in zip(described, tensors, strict=True):
+            assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape)
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def write_folder(

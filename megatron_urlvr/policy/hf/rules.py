@@ -1,13 +1,13 @@
 """How one Megatron-Core parameter is made of Hugging Face tensors, and how it is sharded.
 
 A rule works on *whole* tensors; sharding over tensor-parallel ranks is a property beside it. Rules exist for the five
-ways a dense decoder stores things; a family is a table of them.
+ways a decoder stores things; a family is a table of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,11 +29,16 @@ class Shape:
     """Entries of the HF config."""
     padded_vocab: int
     """Entries of Megatron's table, a multiple of the tensor-parallel size."""
+    experts: int = 0
+    """Experts of each layer; 0 in a dense model."""
+    expert_ffn: int = 0
+    """Channels of one expert."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter: its name (`{l}` stands for the layer), its HF parts, and its sharding."""
+    """One Megatron parameter: its name, its HF parts, and its sharding. `{l}` in a name stands for the layer, `{e}` for
+    the expert."""
 
     megatron: str
     hf: tuple[str, ...]
@@ -42,6 +47,17 @@ class Rule:
     """HF tensors -> the whole Megatron tensor."""
     split: Callable[[torch.Tensor, Shape], list[torch.Tensor]]
     """The whole Megatron tensor -> HF tensors, in the order of `hf`."""
+
+    def at(self, layer: int, expert: int = 0) -> Rule:
+        """This rule for one layer (and expert)."""
+        names = (self.megatron, *self.hf)
+        megatron, *hf = (name.replace("{l}", str(layer)).replace("{e}", str(expert)) for name in names)
+        return replace(self, megatron=megatron, hf=tuple(hf))
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether each expert has a parameter of this kind."""
+        return "{e}" in self.megatron
 
 
 def _one(parts: list[torch.Tensor], shape: Shape) -> torch.Tensor:
@@ -129,8 +145,9 @@ def join_shards(parts: list[torch.Tensor], shard: Shard) -> torch.Tensor:
 
 
 def expected_shape(name: str, shape: Shape) -> tuple[int, ...]:
-    """Shape of a Hugging Face tensor of a dense Llama-like decoder, by the end of its name."""
+    """Shape of a Hugging Face tensor of a Llama-like decoder, by the end of its name."""
     h, d = shape.hidden, shape.head_dim
+    ffn = shape.expert_ffn if ".experts." in name else shape.ffn
     shapes: Mapping[str, tuple[int, ...]] = {
         "embed_tokens.weight": (shape.vocab_size, h),
         "lm_head.weight": (shape.vocab_size, h),
@@ -141,9 +158,12 @@ def expected_shape(name: str, shape: Shape) -> tuple[int, ...]:
         "k_proj.bias": (shape.kv_heads * d,),
         "v_proj.bias": (shape.kv_heads * d,),
         "o_proj.weight": (h, shape.heads * d),
-        "gate_proj.weight": (shape.ffn, h),
-        "up_proj.weight": (shape.ffn, h),
-        "down_proj.weight": (h, shape.ffn),
+        "q_norm.weight": (d,),
+        "k_norm.weight": (d,),
+        "gate_proj.weight": (ffn, h),
+        "up_proj.weight": (ffn, h),
+        "down_proj.weight": (h, ffn),
+        "mlp.gate.weight": (shape.experts, h),
     }
     for end, expected in shapes.items():
         if name.endswith(end):

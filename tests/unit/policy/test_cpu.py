@@ -105,6 +105,17 @@ def test_megatron_asks_for_the_current_device(make_policy, monkeypatch):
             make_policy(optim=SECTION)
 
 
+def test_a_router_asks_for_transformer_engines_matmul_by_a_name_that_is_not_there():
+    from megatron.core.transformer.moe import moe_utils
+
+    own = types.ModuleType(moe_utils.__name__)
+    source = inspect.getsource(moe_utils)
+    own.__dict__.update({"__package__": moe_utils.__package__, "__name__": moe_utils.__name__})
+    exec(compile(source, str(moe_utils.__file__), "exec"), own.__dict__)
+    assert "te_general_gemm is not None" in source
+    assert not hasattr(own, "te_general_gemm")
+
+
 def test_megatron_builds_its_loss_scale_on_cuda(make_policy, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(finder().namespace, "tensor", torch.tensor)
@@ -236,6 +247,23 @@ def test_a_distributed_optimizers_step_count_is_not_loaded(make_policy, monkeypa
         )
         with pytest.raises(KeyError, match="step"):
             checkpoint.load(policy, path)
+
+
+def test_states_gathered_for_a_checkpoint_leave_out_the_padding_of_buckets(make_policy):
+    policy = make_policy(optim=SECTION, parallel={"distributed_optimizer": True})
+    train(policy, 1)
+    checkpoint._patch_distributed_optimizer(policy.optimizer)
+    part = policy.optimizer.parts[0]
+    patched = type(part).get_parameter_state_dp_zero
+    theirs = inspect.getclosurevars(patched).nonlocals["original"](part, use_gloo_comm=True)
+    ours = patched(part, use_gloo_comm=True)
+    (buffer,) = part.buffers
+    assert buffer.numel > buffer.numel_unpadded
+    for (dtype, mine), found in zip(ours[0].items(), theirs[0].values(), strict=True):
+        assert found["param"].numel() == buffer.numel_unpadded, dtype
+        assert mine["param"].numel() == buffer.numel
+        for parameter, (first, end, _) in buffer.param_index_map.items():
+            assert torch.equal(mine["param"][first:end], parameter.detach().reshape(-1))
 
 
 def test_torch_loads_objects_beside_tensors_without_restraint():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_qwen2
 
 from megatron_urlvr.exit_codes import UnusableInput
-from megatron_urlvr.policy.hf.families import QWEN2, family_of, rope_theta, rules_for, shape_of
+from megatron_urlvr.policy.hf.families import QWEN2, QWEN3_MOE, family_of, rope_theta, rules_for, shape_of
 from megatron_urlvr.policy.hf.folder import INDEX, SINGLE, TensorFolder, read_config, write_folder
 from megatron_urlvr.policy.hf.rules import Rule, expected_shape, join_shards, take_shard
 
@@ -24,8 +24,10 @@ CONFIG: dict[str, Any] = {
     "vocab_size": 29,
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 64,
+    "num_experts": 3,
+    "moe_intermediate_size": 8,
 }
-RULES = (*QWEN2.first, *QWEN2.layer, *QWEN2.last, QWEN2.head)
+RULES = (*QWEN2.first, *QWEN2.layer, *QWEN2.last, QWEN2.head, *QWEN3_MOE.layer[-5:])
 
 
 def hf_parts(rule: Rule, tp: int) -> list[torch.Tensor]:
@@ -110,7 +112,7 @@ def test_a_tied_model_has_no_table_of_its_own_for_the_head():
     [
         ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' is not supported; supported: Qwen2ForCausalLM"),
         ({"architectures": None}, r"'\(none\)' is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'; supported: silu"),
+        ({"hidden_act": "gelu"}, 'hidden_act = "gelu" is not supported; supported: "silu"'),
         ({"use_sliding_window": True}, "use_sliding_window = true is not supported"),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope type 'yarn'; supported: default"),
     ],

@@ -167,7 +167,7 @@ class FiniteLossOfNaNGradient:
 
 def state_of(policy: Policy) -> dict[str, torch.Tensor]:
     """Weights, moments and step counts, copied."""
-    state = {f"weight {name}": p.detach().clone() for name, p in policy.model.named_parameters()}
+    state = {f"weight {name}": p.detach().clone() for name, p in policy.parameters.items()}
     assert policy.optimizer is not None
     for part in policy.optimizer.parts:
         for i, entry in enumerate(part.optimizer.state.values()):

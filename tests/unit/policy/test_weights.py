@@ -38,7 +38,7 @@ def rows() -> list[Row]:
 
 
 def bits(policy: Policy) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    return {name: p.detach().clone() for name, p in policy.parameters.items()}
 
 
 def logps(policy: Policy, weights="policy") -> Tensor:
@@ -61,7 +61,7 @@ def test_the_policys_weights_come_back_to_the_bit_even_when_scoring_fails(make_p
     before = bits(policy)
 
     def fails(*args, **kwargs):
-        assert not all(torch.equal(p, before[name]) for name, p in policy.model.named_parameters())
+        assert not all(torch.equal(p, before[name]) for name, p in policy.parameters.items())
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
@@ -87,10 +87,10 @@ def test_weights_come_back_when_a_shadow_does_not_fit_half_way_through(make_poli
 def test_swapping_tells_caches_that_the_weights_are_others(make_policy):
     """Autograd's version counter is what the head's cached sums are keyed by."""
     policy = make_policy(keep_reference=True)
-    weight = policy.model.output_layer.weight
+    weight = policy.chunks[0].output_layer.weight
     versions = [weight._version]
     assert policy.reference is not None
-    with policy.reference.swapped_into(policy.model):
+    with policy.reference.swapped_into(policy.parameters):
         versions.append(weight._version)
     versions.append(weight._version)
     assert versions == sorted(set(versions))
@@ -127,7 +127,7 @@ def test_the_moving_average_is_the_recursion_over_the_steps_taken(make_policy, d
         assert not torch.equal(tensor, now[name])
     scored = logps(policy, "ema")
     with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
+        for name, parameter in policy.parameters.items():
             parameter.copy_(policy.ema.tensors[name])
     assert torch.equal(logps(policy), scored)
 
@@ -138,9 +138,9 @@ def test_a_moving_average_keeps_what_half_precision_would_lose():
     parameter: Any = module.weight
     parameter.data.fill_(1.0)
     parameter.main_param = torch.full((1, 1), 1.0)
-    shadow = Shadow(module, decay=0.5)
+    shadow = Shadow({"weight": parameter}, decay=0.5)
     parameter.main_param.add_(1e-4)
     parameter.data.copy_(parameter.main_param)
     assert float(parameter) == 1.0
-    shadow.track(module)
+    shadow.track({"weight": parameter})
     assert float(shadow.tensors["weight"]) == pytest.approx(1 + 0.5e-4, abs=1e-7)
