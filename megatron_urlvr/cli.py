@@ -311,6 +311,38 @@ def convert(
 
 
 @app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="A100-80GB, H100-80GB or H200-141GB, in nodes of eight.")] = "H100-80GB",
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs in all. Without it: as many as the config asks.")
+    ] = None,
+    rollout_gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs that serve rollouts. Without it: all that do not train.")
+    ] = None,
+    search: Annotated[bool, typer.Option("--search", help="Propose the fastest layout that fits.")] = False,
+    assume: Annotated[list[str] | None, typer.Option(help="Replace an assumption: name=value.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a run needs and how long a step may take. Needs no GPU and no weights, only config.json."""
+    from megatron_urlvr.commands.plan import plan as make
+
+    raise typer.Exit(
+        make(
+            config,
+            overrides or [],
+            gpu=gpu,
+            gpus=gpus,
+            rollout_gpus=rollout_gpus,
+            wanted=search,
+            assumed=assume or [],
+            as_json_text=json,
+        )
+    )
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine has, and what follows from it."""
     from megatron_urlvr.doctor import examine

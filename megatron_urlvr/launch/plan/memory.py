@@ -1,0 +1,177 @@
+"""Bytes of a trainer's GPU at its worst moment, and of a server's GPU.
+
+Activations follow what Megatron's layers with Transformer Engine keep for the backward, the method of Korthikanti et
+al. (arXiv 2205.05198, section 4) applied to a decoder with RMSNorm, grouped queries, a gated MLP whose two halves are
+multiplied unfused (`bias_activation_fusion=False`), flash attention and no dropout. A test holds the count against what
+a real layer keeps on a CPU, whose norms and packed attention keep a little more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...config.parallel import ParallelSection
+from ...config.servers import PoolSection
+from ...policy.hf.families import shape_of
+from .hardware import GPU
+from .shards import PlannedPolicy, Shard, Tensor
+
+HEAD_STASH = 512 << 20
+HEAD_WORKSPACE = 128 << 20
+"""`urlvr_kernels.DEFAULT_STASH_BYTES` and `DEFAULT_WORKSPACE_BYTES`: tests compare them."""
+
+
+def layer_activations(policy: PlannedPolicy) -> dict[str, float]:
+    """Bytes a token that one layer keeps under recompute none, by tensor. Between tensor-parallel regions sequence
+    parallelism shards by tokens."""
+    tp, sp, itemsize = policy.parallel.tp, policy.sharded_by_sequence, policy.itemsize
+    shape = shape_of(policy.hf, tp=tp)
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    kept = {
+        "inputs of both norms": 2 * itemsize * shape.hidden / sp,
+        "outputs of both norms": 2 * itemsize * shape.hidden / sp,
+        "queries, keys, values": itemsize * (q + 2 * kv) / tp,
+        "attention's output": itemsize * q / tp + 4 * shape.heads / tp,
+        "gate and up": 2 * itemsize * shape.ffn / tp,
+        "up, with Megatron's offset of zero": itemsize * shape.ffn / tp,
+        "silu(gate)": itemsize * shape.ffn / tp,
+        "their product": itemsize * shape.ffn / tp,
+    }
+    if policy.family.qk_norm:
+        kept["queries and keys before their norm"] = itemsize * (q + kv) / tp
+    return kept
+
+
+def kept_per_token(policy: PlannedPolicy, recompute: str) -> float:
+    """Bytes a token that one layer keeps from forward to backward under a recompute mode."""
+    if recompute == "full":
+        return policy.itemsize * int(policy.hf["hidden_size"]) / policy.sharded_by_sequence
+    everything = sum(layer_activations(policy).values())
+    if recompute == "selective":  # the attention core runs again: flash attention kept only its log-sum-exps
+        return everything - 4 * int(policy.hf["num_attention_heads"]) / policy.parallel.tp
+    return everything
+
+
+def in_flight(parallel: ParallelSection, pp_rank: int, microbatches: int) -> float:
+    """Most micro-batches whose activations a pipeline rank holds, in units of all its layers. Megatron's 1F1B, and its
+    interleaved schedule (pipeline_parallel/schedules.py, get_pp_rank_microbatches)."""
+    pp, vpp = parallel.pp, parallel.vpp
+    if vpp == 1:
+        return min(microbatches, pp - pp_rank)
+    warmup = (pp - pp_rank - 1) * 2 + (vpp - 1) * pp
+    return min(microbatches * vpp, warmup + 1) / vpp
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """One trainer rank, bytes. `update`, `score` and `sync` are needed one after the other, beside what stays."""
+
+    shard: Shard
+    activations: int
+    working: int
+    head: int
+    score: int
+    sync: int
+    reserve: int
+
+    @property
+    def update(self) -> int:
+        """For the update step."""
+        return self.activations + self.working + self.head
+
+    @property
+    def peak(self) -> int:
+        """The most at any time."""
+        return self.shard.total + self.reserve + max(self.update, self.score, self.sync)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the trainer's ranks are given at the worst."""
+
+    tokens: int
+    """Of the largest micro-batch."""
+    microbatches: int
+    swaps: bool
+    """The reference or moving average is swapped in for scoring, beside a copy of the weights."""
+    bucket_bytes: int
+    """Of the weight sync."""
+    reserve: int
+
+
+def rank_memory(shard: Shard, policy: PlannedPolicy, load: Load, stream: Sequence[Tensor]) -> RankMemory:
+    """The worst rank of a kind: the first of its pipeline ranks has the most micro-batches in flight."""
+    parallel, itemsize, tokens = policy.parallel, policy.itemsize, load.tokens
+    shape = shape_of(policy.hf, tp=parallel.tp)
+    flying = in_flight(parallel, shard.pp_ranks[0], load.microbatches)
+    layer = sum(layer_activations(policy).values())
+    last = parallel.pp - 1 in shard.pp_ranks
+    # A layer's own tensors while its backward runs, their gradients, and the largest weight's before it is added up.
+    gradients = itemsize * (3 * shape.ffn / parallel.tp + 2 * shape.hidden) * tokens
+    largest_weight = itemsize * 2 * shape.ffn * shape.hidden // parallel.tp
+    again = layer * tokens if policy.recompute == "full" else 0
+    forward_only = (layer + 2 * itemsize * shape.hidden / policy.sharded_by_sequence) * tokens
+    vocab = shape.padded_vocab // parallel.tp
+    head = _head(tokens, shape.hidden, vocab, itemsize) if last else 0
+    scoring_head = _head(tokens, shape.hidden, vocab, itemsize, training=False) if last else 0
+    return RankMemory(
+        shard=shard,
+        activations=int(flying * shard.layers * kept_per_token(policy, policy.recompute) * tokens),
+        working=int(gradients + largest_weight + again),
+        head=head,
+        score=int(forward_only) + scoring_head + (shard.weights if load.swaps else 0),
+        sync=_sync(shard, policy, load, stream),
+        reserve=load.reserve,
+    )
+
+
+def _sync(shard: Shard, policy: PlannedPolicy, load: Load, stream: Sequence[Tensor]) -> int:
+    """Whole tensors on their way out: the parts, the whole and its Hugging Face form; the sender's two buckets too."""
+    whole = max(tensor.numel for tensor in stream) * policy.itemsize
+    mine = [tensor for tensor in stream if tensor.stage in shard.pp_ranks]
+    gates = [2 * tensor.numel for tensor in mine if tensor.name.endswith("gate_proj.weight")]  # one with up_proj
+    own = max([tensor.numel for tensor in mine] + gates, default=0) * policy.itemsize
+    sender = 0 in shard.pp_ranks
+    passing = whole if policy.parallel.pp > 1 else 0
+    return 3 * max(own, passing) + (2 * max(load.bucket_bytes, whole) if sender else 0)
+
+
+def _head(tokens: int, hidden: int, vocab: int, itemsize: int, *, training: bool = True) -> int:
+    """Upper bound of the statistics head's memory: gathered rows, a workspace of logits, and for training the stash
+    and dH, whose sum is float32."""
+    rows = tokens * hidden * itemsize
+    if not training:
+        return rows + HEAD_WORKSPACE
+    return 2 * rows + 4 * tokens * hidden + HEAD_WORKSPACE + min(HEAD_STASH, tokens * vocab * itemsize)
+
+
+@dataclass(frozen=True)
+class ServerMemory:
+    """One GPU of a rollout server, bytes."""
+
+    weights: int
+    kv_cache: int
+    """What `mem_fraction` leaves for the cache."""
+    kv_token: float
+    """Bytes of one token's keys and values on one GPU."""
+    other: int
+    """What `mem_fraction` leaves to activations, CUDA graphs and buffers."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the cache of one server holds."""
+        return max(0, int(self.kv_cache / self.kv_token))
+
+
+def server_memory(
+    hf: Mapping[str, Any], pool: PoolSection, gpu: GPU, *, parameters: int, itemsize: int
+) -> ServerMemory:
+    """One GPU of a server: weights are cut by tp, KV heads as far as there are any."""
+    shape = shape_of(hf, tp=1)
+    heads = max(1, shape.kv_heads // pool.tp)
+    weights = parameters * itemsize // pool.tp
+    static = int(pool.mem_fraction * gpu.memory)
+    kv_token = 2 * int(hf["num_hidden_layers"]) * heads * shape.head_dim * itemsize
+    return ServerMemory(weights, static - weights, kv_token, gpu.memory - static)

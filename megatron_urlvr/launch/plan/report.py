@@ -1,0 +1,199 @@
+"""A plan as text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .hardware import GIB, Assumptions
+from .memory import RankMemory, kept_per_token
+from .plan import Plan
+
+COLUMNS = (
+    *("pp rank", "params", "weights", "grads", "optim"),
+    *("activ.", "working", "head", "score", "sync", "reserve", "peak"),
+)
+
+
+def as_text(plan: Plan) -> str:
+    """The plan in sections, for a terminal of 100 columns."""
+    parts = [_head(plan), _memory(plan), _server(plan), _times(plan), _sync(plan), _assumptions(plan), _verdict(plan)]
+    return "\n".join(line for part in parts for line in part) + "\n"
+
+
+def _head(plan: Plan) -> Iterator[str]:
+    config, crew, parallel = plan.config, plan.crew, plan.config.parallel
+    yield f"{config.run.name}: {config.model.path}, {plan.parameters:,} parameters"
+    serving = f", {crew.serving} serve ({crew.servers} x tp {crew.server_tp})" if crew.serving else ""
+    yield f"{crew.gpus} x {plan.gpu.name}: {crew.trainers} train{serving}"
+    more = f" x vpp {parallel.vpp}" if parallel.vpp > 1 else ""
+    yield (
+        f"layout: dp {plan.policy.dp} x tp {parallel.tp} x pp {parallel.pp}{more}, "
+        f"{'sequence parallel, ' if parallel.sequence_parallel else ''}recompute {config.model.recompute}, "
+        f"{str(plan.policy.dtype).removeprefix('torch.')}"
+    )
+    work = plan.work
+    yield (
+        f"a step: {work.votes} responses of {work.response:.0f} tokens (longest {work.longest_response}), "
+        f"{work.trained} trained on in {work.updates} update(s) of {plan.times.microbatches} micro-batches a replica"
+    )
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    yield ""
+    yield f"Trainer, GiB a GPU (of {plan.gpu.memory / GIB:.1f}; micro-batches of {plan.tokens} tokens)"
+    columns = (
+        "pp rank",
+        "params",
+        "weights",
+        "grads",
+        "optim",
+        "activ.",
+        "working",
+        "head",
+        "score",
+        "sync",
+        "reserve",
+    )
+    yield "".join(f"{name:>{_width(name)}}" for name in (*columns, "peak"))
+    for rank in plan.ranks:
+        shard = rank.shard
+        ranks = shard.pp_ranks
+        name = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+        cells = [name, f"{shard.parameters / 1e9:.3f}B"]
+        sizes = (shard.weights, shard.gradients, shard.optimizer, rank.activations, rank.working, rank.head)
+        cells += [f"{size / GIB:.1f}" for size in (*sizes, rank.score, rank.sync, rank.reserve, rank.peak)]
+        yield "".join(f"{cell:>{_width(head)}}" for cell, head in zip(cells, COLUMNS, strict=True))
+    yield "peak = weights + grads + optim + reserve + the largest of update (activ. + working + head), score, sync"
+    modes = [f"{mode} {kept_per_token(plan.policy, mode) / 1024:.1f}" for mode in ("none", "selective", "full")]
+    yield f"activations, KiB a token and layer by recompute: {', '.join(modes)}"
+    if plan.host_bytes:
+        yield f"host memory of each rank for reference and moving average: {plan.host_bytes / GIB:.1f} GiB"
+
+
+def _width(name: str) -> int:
+    return max(9, len(name) + 1)
+
+
+def _server(plan: Plan) -> Iterator[str]:
+    server, pool = plan.server, plan.config.servers.policy
+    if server is None:
+        return
+    yield ""
+    yield f"Servers, GiB a GPU (mem_fraction {pool.mem_fraction:g})"
+    yield (
+        f"weights {server.weights / GIB:.1f}, KV cache {server.kv_cache / GIB:.1f} ({server.tokens:,} tokens a "
+        f"server), left to SGLang {server.other / GIB:.1f}"
+    )
+
+
+def _times(plan: Plan) -> Iterator[str]:
+    times = plan.times
+    yield ""
+    yield "A step, seconds (an estimate from the assumptions below)"
+    if times.generate is not None:
+        made = times.generate
+        yield (
+            f"  generate {made.seconds:9.1f}   {made.running} at once on each of {made.servers} servers, "
+            f"{made.tokens_per_second:,.0f} tokens/s a GPU"
+        )
+    passes = [*plan.work.scoring, *plan.work.rescoring]
+    yield f"  score    {times.score:9.1f}   {'; '.join(passes) or 'no reward or loss needs a pass'}"
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in times.after_backward.items())
+    yield f"  train    {times.train:9.1f}   bubble {times.bubble:.0%}, MFU {times.train_mfu:.0%}; {parts}"
+    yield f"  sync     {times.sync:9.1f}"
+    how = "generation beside training" if times.overlapped else "one after the other"
+    yield f"  total    {times.total:9.1f}   {how}; {times.model_flops / 1e15:,.1f} PFLOP to score and train"
+
+
+def _sync(plan: Plan) -> Iterator[str]:
+    sync = plan.sync
+    if sync is None:
+        return
+    config = plan.config.servers
+    yield ""
+    yield (
+        f"Weight sync: {sync.bytes / 1e9:.1f} GB in {sync.buckets} buckets of {config.bucket_mb} MB "
+        f"(largest {sync.largest_bucket / 1e6:.0f} MB), transport {config.transport}"
+    )
+    for group in _alike(plan):
+        yield f"  {group}"
+    yield "  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in sync.seconds.items() if seconds)
+    written = sync.bytes / 1e9 / plan.assumptions.disk_gb_s
+    if config.transport == "group":
+        yield f"  the snapshot on disk takes {written:.0f} s, beside the next step"
+
+
+def _alike(plan: Plan) -> Iterator[str]:
+    """Stages that send the like, a line for each kind."""
+    assert plan.sync is not None
+    kinds: dict[tuple[int, int], list[Any]] = {}
+    for stage in plan.sync.stages:
+        kinds.setdefault((stage.tensors, stage.bytes), []).append(stage)
+    for (tensors, size), stages in kinds.items():
+        which = ", ".join(str(stage.stage) for stage in stages)
+        buckets = ", ".join(str(stage.buckets) for stage in stages)
+        yield f"stage {which}: {tensors} tensors, {size / 1e9:.1f} GB, buckets {buckets}"
+
+
+def _assumptions(plan: Plan) -> Iterator[str]:
+    gpu = plan.gpu
+    yield ""
+    yield f"{gpu.name}: {gpu.source}"
+    yield (
+        f"  {gpu.tflops:g} TFLOP/s dense bfloat16, {gpu.memory_gb_s:g} GB/s memory, {gpu.nvlink_gb_s:g} GB/s NVLink, "
+        f"{gpu.network_gb_s:g} GB/s network in one direction"
+    )
+    yield "Assumptions (--assume name=value)"
+    for name, field in Assumptions.model_fields.items():
+        meaning = " ".join((field.description or "").split())
+        yield f"  {name} = {getattr(plan.assumptions, name):g}: {meaning}"
+
+
+def _verdict(plan: Plan) -> Iterator[str]:
+    if plan.notes:
+        yield ""
+        yield "Notes"
+        yield from (f"  - {note}" for note in plan.notes)
+    if plan.problems:
+        yield ""
+        yield "Does not fit:"
+        yield from (f"  - {problem}" for problem in plan.problems)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values; sizes in bytes, times in seconds."""
+    times, crew = plan.times, plan.crew
+    return {
+        "run": plan.config.run.name,
+        "model": {"path": plan.config.model.path, "parameters": plan.parameters},
+        "gpu": plan.gpu.name,
+        "gpus": {"total": crew.gpus, "train": crew.trainers, "serve": crew.serving, "servers": crew.servers},
+        "layout": {"dp": plan.policy.dp} | plan.config.parallel.model_dump(mode="json", exclude={"dp"}),
+        "microbatch_tokens": plan.tokens,
+        "ranks": [_rank_json(rank) for rank in plan.ranks],
+        "server": None if plan.server is None else {**vars(plan.server), "cache_tokens": plan.server.tokens},
+        "host_bytes": plan.host_bytes,
+        "seconds": {
+            "generate": None if times.generate is None else times.generate.seconds,
+            "score": times.score,
+            "train": times.train,
+            "sync": times.sync,
+            "total": times.total,
+        },
+        "microbatches": times.microbatches,
+        "bubble": times.bubble,
+        "train_mfu": times.train_mfu,
+        "model_flops": times.model_flops,
+        "sync": None
+        if plan.sync is None
+        else {"bytes": plan.sync.bytes, "buckets": plan.sync.buckets, "stages": [vars(s) for s in plan.sync.stages]},
+        "assumptions": plan.assumptions.model_dump(),
+        "notes": plan.notes,
+        "problems": plan.problems,
+    }
+
+
+def _rank_json(rank: RankMemory) -> dict[str, Any]:
+    own = {name: value for name, value in vars(rank).items() if name != "shard"}
+    return {**vars(rank.shard), **own, "update": rank.update, "peak": rank.peak}
