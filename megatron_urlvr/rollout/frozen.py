@@ -11,9 +11,18 @@ from ..config.servers import POLICY, ServersSection
 from .dispatch import Model
 from .pool import ServerPool
 from .sglang import SGLangEngine
+from .versions import Versions
 
 FRESH = "default"
 """What SGLang (0.5.23) calls the weights that a server was started with."""
+
+
+class Unchanging(Versions):
+    """Labels of weights that stay the ones a server started with."""
+
+    def of(self, version: int) -> str:
+        """One label, whatever the version."""
+        return self.session
 
 
 class FrozenServers(SGLangEngine):
@@ -44,7 +53,4 @@ class FrozenServers(SGLangEngine):
             pushes=False,
         )
         self.pool = ServerPool(own.policy, own, folder, name=pool)
-
-    def label(self, version: int) -> str:
-        """Always the weights that servers start with."""
-        return FRESH
+        self.versions = Unchanging(FRESH)

@@ -15,6 +15,8 @@ from megatron_urlvr.types import Group, Prompt, Sample
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 LIMITS = Limits(seconds=0.5, memory_mb=256)
+PATIENT = Limits(seconds=60, memory_mb=256)
+"""For programs that end by themselves, on a machine however busy."""
 MARK = "assert add(1, 2) == 3"
 
 
@@ -39,7 +41,7 @@ MARK = "assert add(1, 2) == 3"
     ],
 )
 def test_programs_end_as_they_should(source, kind):
-    assert run_python(source, LIMITS).kind == kind
+    assert run_python(source, LIMITS if kind == "time" else PATIENT).kind == kind
 
 
 @pytest.mark.parametrize(
@@ -63,8 +65,8 @@ def test_programs_end_as_they_should(source, kind):
 )
 def test_powers_are_refused_and_the_program_may_go_on(power):
     caught = f"import os\ntry:\n    {power}\nexcept (OSError, ValueError):\n    pass\nelse:\n    raise SystemExit"
-    assert run_python(caught, LIMITS).kind == "passed"
-    assert run_python(f"import os\n{power}", LIMITS).kind == "failed"
+    assert run_python(caught, PATIENT).kind == "passed"
+    assert run_python(f"import os\n{power}", PATIENT).kind == "failed"
 
 
 def test_a_program_that_forks_without_end_leaves_nobody_behind():
@@ -84,7 +86,7 @@ def _runs_worker(pid):
 
 def test_a_success_that_is_only_printed_is_none():
     everywhere = "    try: os.write(fd, b'passed')\n    except OSError: pass\n"
-    assert run_python(f"import os\nfor fd in range(20):\n{everywhere}os._exit(0)", LIMITS).kind == "failed"
+    assert run_python(f"import os\nfor fd in range(20):\n{everywhere}os._exit(0)", PATIENT).kind == "failed"
 
 
 def test_code_comes_from_the_last_closed_block():
@@ -106,7 +108,7 @@ def test_every_response_is_run_against_its_prompts_tests_and_what_was_stopped_is
     group = Group(Prompt("p", "add", (1,), {"tests": MARK}), samples)
     cls = get_provider("unit_tests")
     context = ProviderContext(0, lambda *_: None, lambda _: None, lambda _: {})
-    tests = cls(cls.Options(seconds=0.5, memory_mb=256), context)
+    tests = cls(cls.Options(seconds=1.5, memory_mb=256), context)
     assert list(tests.problems([group.prompt])) == []
     asyncio.run(tests.fetch([group]))
     reward = get_reward("program")()
@@ -115,7 +117,7 @@ def test_every_response_is_run_against_its_prompts_tests_and_what_was_stopped_is
     assert reward.counts([group], [scores]) == [{"stopped": 0.5}]
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2  # one line a kind, however many programs
-    assert any("sample 2 of prompt 'p' was stopped (longer than 0.5 s)" in line for line in said)
+    assert any("sample 2 of prompt 'p' was stopped (longer than 1.5 s)" in line for line in said)
     assert any("sample 3 of prompt 'p' was stopped (more than 256 MB)" in line for line in said)
 
 
