@@ -99,6 +99,7 @@ def _non_finite(trainer: Trainer, error: Exception) -> Ending:
     if trainer.completed is not None and trainer.untouched:
         trainer.save()
         reason += f"; the weights before it are saved as the checkpoint of step {trainer.step}"
+    trainer.feed.forget_after(trainer.step)  # or the same batch would be met again
     if trainer.groups:
         path = trainer.files.record(trainer.step + 1, trainer.groups)
         folder = trainer.files.folder.path

@@ -99,12 +99,15 @@ class Feed:
         return len(group) == rollout.n_votes or (rollout.early_voting and rollout.trained <= len(group))
 
     def _sampled(self, engine: RolloutEngine, step: int, prompts: list[Prompt]) -> Iterator[Group]:
-        rollout, ledger = self.config.rollout, self.ledger
+        rollout = self.config.rollout
         seed = derive_seed(self.config.run.seed, "train", step)
         certain = rollout.trained if rollout.early_voting else None
         sampling = Sampling(rollout.n_votes, rollout.max_new_tokens, rollout.temperature, seed=seed, certain=certain)
-        keep = None if ledger is None else (lambda group: ledger.append(step, group))
-        return engine.start(prompts, sampling, keep=keep)
+        return engine.start(prompts, sampling, keep=lambda group: self._keep(step, group))
+
+    def _keep(self, step: int, group: Group) -> None:
+        if self.ledger is not None:
+            self.ledger.append(step, group)
 
     def _count(self, name: str, number: int) -> None:
         self.counts[name] = self.counts.get(name, 0.0) + number
@@ -136,11 +139,13 @@ class Feed:
     # -- what a checkpoint commits ------------------------------------------------------------------------------------
 
     def forget_after(self, step: int) -> None:
-        """The groups of later steps shall be sampled anew: the run was rolled back."""
-        if self.ledger is not None:
-            for known in self.ledger.steps():
+        """The groups of later steps shall be sampled anew when the run goes on: it was rolled back, or ends at a batch
+        that it must not meet again. What is under way is kept no more."""
+        ledger, self.ledger = self.ledger, None
+        if ledger is not None:
+            for known in ledger.steps():
                 if known > step:
-                    self.ledger.discard(known)
+                    ledger.discard(known)
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream of prompts after the last step that was taken."""

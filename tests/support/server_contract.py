@@ -17,7 +17,7 @@ from megatron_urlvr.rollout.client import ServerClient
 from megatron_urlvr.rollout.dispatch import Model
 from megatron_urlvr.rollout.faults import Fault
 from megatron_urlvr.rollout.sglang import SGLangEngine
-from megatron_urlvr.types import Group, Prompt, Sampling
+from megatron_urlvr.types import Group, Prompt, Sample, Sampling, Span
 
 VOCAB, STOP = 21, 19
 TOLERANCE = 1e-4
@@ -77,18 +77,19 @@ def oracle(folder: Path, weights: dict[str, torch.Tensor] | None = None) -> Any:
     return model
 
 
+def differences(model: Any, group: Group, sample: Sample, temperature: float = 1.0) -> torch.Tensor:
+    """`[T]` between the log-probs that came back and the oracle's of the same tokens."""
+    ids = torch.tensor([[*group.prompt.tokens, *sample.tokens]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, len(group.prompt.tokens) - 1 : -1]
+    logp = (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(sample.tokens)[:, None])[:, 0]
+    assert sample.logp is not None
+    return (logp - sample.logp).abs()
+
+
 def largest_difference(model: Any, groups: list[Group], temperature: float) -> float:
-    """Between the log-probs that came back and the oracle's of the same tokens."""
-    worst = 0.0
-    for group in groups:
-        for sample in group:
-            ids = torch.tensor([[*group.prompt.tokens, *sample.tokens]])
-            with torch.no_grad():
-                logits = model(input_ids=ids).logits[0, len(group.prompt.tokens) - 1 : -1]
-            logp = (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(sample.tokens)[:, None])[:, 0]
-            assert sample.logp is not None
-            worst = max(worst, float((logp - sample.logp).abs().max()))
-    return worst
+    """Over all tokens of all groups."""
+    return max(float(differences(model, group, sample, temperature).max()) for group in groups for sample in group)
 
 
 class ServerContract:
@@ -126,6 +127,37 @@ class ServerContract:
             assert engine.metrics()["rollout/faults"] == 0
         finally:
             engine.close()
+
+    @pytest.mark.parametrize(("transport", "pause"), [("disk", "retract"), ("group", "retract"), ("group", "in_place")])
+    def test_responses_under_way_go_on_with_the_new_weights_and_say_from_which_token_on(
+        self, target: Target, tmp_path: Path, transport: str, pause: str
+    ) -> None:
+        engine = engine_for([target.url], target.folder, tmp_path, transport=transport, pause=pause)
+        engine.limit = 8  # a prompt's votes after the other's, so that some are under way when the first are done
+        try:
+            old, new = noisy(target.folder, 10), noisy(target.folder, 11)
+            push(engine, old, 0)
+            flight = engine.start(prompts(8), Sampling(6, 40))
+            groups = [next(flight)]
+            push(engine, new, 1)
+            groups += flight
+            assert engine.metrics()["rollout/faults"] == 0
+        finally:
+            engine.close()
+        assert len(groups) == 8
+        samples = [sample for group in groups for sample in group]
+        assert any(len(sample.spans) == 2 for sample in samples), "no response met the update"
+        assert {sample.version for sample in samples} == {0, 1}
+        models = oracle(target.folder, old), oracle(target.folder, new)
+        for group in groups:
+            for sample in group:
+                spans = sample.spans or (Span(sample.version, 0, sample.length),)
+                assert [span.version for span in spans] in ([0], [1], [0, 1])
+                for version, start, end in spans:
+                    if pause == "in_place":
+                        continue  # computed on what older weights had left in the cache, of the prompt too
+                    difference = differences(models[version], group, sample)[start:end]
+                    assert float(difference.max()) < TOLERANCE
 
     def test_temperature_zero_takes_the_likeliest_token(self, target: Target, engine: SGLangEngine) -> None:
         weights = noisy(target.folder, 5)

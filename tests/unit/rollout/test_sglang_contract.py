@@ -19,6 +19,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestFakeServer(ServerContract):
     @pytest.fixture
     def target(self, folder: Path) -> Iterator[Target]:
-        server = FakeServer(TransformersModel(folder))
+        server = FakeServer(TransformersModel(folder), pace=lambda: 0.0)
         yield Target(server.url, folder)
         server.stop()
