@@ -22,7 +22,7 @@ class ParallelSection(Section):
     sequence_parallel: bool = False
     """Shard activations between tensor-parallel regions along the sequence."""
     distributed_optimizer: bool = True
-    """Shard optimizer state over data-parallel ranks. A checkpoint of one kind of optimizer is not read by the other."""
+    """Shard optimizer state over data-parallel ranks. One kind of optimizer does not read the other's checkpoints."""
     max_tokens_per_microbatch: int = Field(default=8192, ge=1)
     """Token budget of one micro-batch; one response longer than this makes a micro-batch of its own."""
     share_prefix: Literal["auto"] | bool = "auto"

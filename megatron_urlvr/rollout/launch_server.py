@@ -63,10 +63,18 @@ def examine(pool: PoolSection, variables: Mapping[str, str]) -> Environment:
 
 
 def server_command(
-    pool: PoolSection, environment: Environment, *, model: str, port: int, key_file: Path | None, context: int | None
+    pool: PoolSection,
+    environment: Environment,
+    *,
+    model: str,
+    port: int,
+    key_file: Path | None,
+    context: int | None,
+    index: int = 0,
 ) -> list[str]:
     """The arguments that start a server. `key_file`: YAML file with the API key, which must not stand in a command
-    line; `context`: the model's own limit, where it has one."""
+    line; `context`: the model's own limit, where it has one; `index`: the server's number on this host, each of which
+    takes the next `tp` of the GPUs that are visible."""
     command = [environment.python, "-m", "sglang.launch_server", "--model-path", model]
     command += ["--host", pool.host, "--port", str(port), "--tp-size", str(pool.tp)]
     command += ["--context-length", str(min(pool.context, context or pool.context))]
@@ -80,7 +88,7 @@ def server_command(
         command += ["--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"]
     else:
         command += ["--mem-fraction-static", str(pool.mem_fraction)]
-        command += ["--max-running-requests", str(pool.concurrency)]
+        command += ["--max-running-requests", str(pool.concurrency), "--base-gpu-id", str(index * pool.tp)]
     if key_file is not None:
         command += ["--config", str(key_file)]
     return command + list(pool.args)

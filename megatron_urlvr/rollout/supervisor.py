@@ -14,11 +14,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 import aiohttp
 
@@ -75,7 +78,10 @@ async def serve(config: Config, name: str) -> int:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with _key_file(key) as key_file:
         async with aiohttp.ClientSession(headers=headers) as session:
-            servers = [SupervisedServer(plan, index, session, key_file, stop) for index in range(plan.pool.count)]
+            servers = [
+                SupervisedServer(plan, index, session, stop, key=key, key_file=key_file)
+                for index in range(plan.pool.count)
+            ]
             tasks = [asyncio.create_task(server.run()) for server in servers]
             tasks.append(asyncio.create_task(_until_done(run, stop)))
             try:
@@ -146,13 +152,30 @@ def _key_file(key: str | None) -> Iterator[Path | None]:
         os.unlink(name)
 
 
+def _copy_without(secret: bytes, source: IO[bytes] | None, log: Path) -> None:
+    """Append all that a server says to its log, but for the API key: SGLang prints its arguments when it starts."""
+    assert source is not None
+    with source, log.open("ab") as file:
+        for line in source:
+            file.write(line.replace(secret, b"(API key)"))
+            file.flush()
+
+
 class SupervisedServer:
     """One server, through all its restarts."""
 
     def __init__(
-        self, plan: Plan, index: int, session: aiohttp.ClientSession, key_file: Path | None, stop: asyncio.Event
+        self,
+        plan: Plan,
+        index: int,
+        session: aiohttp.ClientSession,
+        stop: asyncio.Event,
+        *,
+        key: str | None = None,
+        key_file: Path | None = None,
     ) -> None:
-        self.plan, self.session, self.key_file, self.stop = plan, session, key_file, stop
+        self.plan, self.index, self.session, self.stop = plan, index, session, stop
+        self.key, self.key_file = key, key_file
         self.id = f"{plan.name}-{socket.gethostname().split('.')[0]}-{index}"
         self.log = plan.folder / f"{self.id}.log"
         self.process: subprocess.Popen[bytes] | None = None
@@ -200,17 +223,21 @@ class SupervisedServer:
             port=port,
             key_file=self.key_file,
             context=model_context(plan.model),
+            index=self.index,
         )
         plan.folder.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=log if self.key is None else subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 env=self._variables(),
             )
+        if self.key is not None:
+            copy = partial(_copy_without, self.key.encode(), self.process.stdout, self.log)
+            threading.Thread(target=copy, name=f"log of {self.id}", daemon=True).start()
         self.started = datetime.now(UTC).isoformat()
         self._say(f"starting as process {self.process.pid}, log in {self.log}")
         return ServerClient(self.session, f"http://{_reachable(plan.pool.host)}:{port}")

@@ -12,6 +12,7 @@ from ...config.root import Config
 from ...exit_codes import UnusableInput
 from ...policy.hf.families import Family, family_of
 from ...policy.hf.folder import read_config
+from ...rollout.weight_sync.sync import PACKED_MB
 from .crew import Crew
 from .hardware import GIB, GPU, Assumptions
 from .memory import Load, RankMemory, ServerMemory, rank_memory, server_memory
@@ -82,7 +83,7 @@ def make_plan(
     trainer = Trainer(policy, gpu, assumptions)
     server = sync = generate = None
     if crew.serving:
-        pool, bucket_bytes = config.servers.policy, config.servers.bucket_mb << 20
+        pool, bucket_bytes = config.servers.policy, (config.servers.bucket_mb or PACKED_MB) << 20
         server = server_memory(model.hf, pool, gpu, parameters=parameters, itemsize=policy.itemsize)
         sync = sync_plan(stream, trainer, bucket_bytes=bucket_bytes, transport=config.servers.transport)
         generate = generation_of(config, crew, server, trainer, work, parameters)
@@ -129,7 +130,7 @@ def _load(config: Config, work: Workload, times: Times, assumptions: Assumptions
         tokens=tokens + -tokens % config.parallel.tp,
         microbatches=times.microbatches,
         swaps=_reference(config) or config.algorithm.kl.coef > 0,
-        bucket_bytes=config.servers.bucket_mb << 20,
+        bucket_bytes=(config.servers.bucket_mb or PACKED_MB) << 20,
         reserve=int(assumptions.trainer_reserve_gib * GIB),
     )
 

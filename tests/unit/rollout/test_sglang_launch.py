@@ -20,8 +20,14 @@ def test_a_server_on_a_gpu() -> None:
     assert command(pool, GPU) == (
         "/env/bin/python -m sglang.launch_server --model-path /m --host 127.0.0.1 --port 31000 --tp-size 8"
         " --context-length 4096 --skip-tokenizer-init --mem-fraction-static 0.8 --max-running-requests 512"
-        " --enable-metrics"
+        " --base-gpu-id 0 --enable-metrics"
     )
+
+
+def test_servers_of_one_host_share_no_gpu() -> None:
+    pool = PoolSection(tp=2, count=4)
+    commands = [server_command(pool, GPU, model="/m", port=1, key_file=None, context=64, index=k) for k in range(4)]
+    assert [each[each.index("--base-gpu-id") + 1] for each in commands] == ["0", "2", "4", "6"]
 
 
 def test_a_server_on_a_cpu() -> None:

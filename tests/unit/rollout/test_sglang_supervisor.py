@@ -134,6 +134,19 @@ def test_without_a_python_for_the_servers_it_is_said_where_to_set_one(tmp_path: 
     assert "servers.pools.<pool>.python" in output
 
 
+@pytest.mark.slow
+def test_the_key_that_servers_print_is_in_no_log(tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path, URLVR_API_KEY="open sesame")
+    wait_for(supervisor.announced)
+    supervisor.process.send_signal(signal.SIGTERM)
+    _, output = supervisor.end()
+    [log] = supervisor.folder.glob("*.log")
+    assert "api_key='(API key)'" in log.read_text()
+    for path in supervisor.run.rglob("*"):
+        assert path.is_dir() or b"open sesame" not in path.read_bytes()
+    assert "open sesame" not in output
+
+
 def test_beyond_loopback_a_key_is_needed(tmp_path: Path) -> None:
     code, output = Supervisor(tmp_path, "servers.pools.policy.host=0.0.0.0").end()
     assert code == 2

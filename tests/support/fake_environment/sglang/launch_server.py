@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path)
     arguments, _ = parser.parse_known_args()
     key = None if arguments.config is None else yaml.safe_load(arguments.config.read_text())["api-key"]
+    print(f"server_args={vars(arguments)}, api_key={key!r}", flush=True)  # as SGLang does
     model = TransformersModel(arguments.model_path) if os.environ.get("FAKE_GENERATES") else DiceModel()
     stubborn = "import signal; signal.signal(15, signal.SIG_IGN); signal.pause()"
     child = subprocess.Popen([sys.executable, "-c", stubborn])
