@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -59,7 +60,8 @@ class Supervisor:
     def announced(self) -> dict[str, Any] | None:
         """The only announcement, if it is there."""
         for path in self.folder.glob("*.json"):
-            return dict(json.loads(path.read_text()))
+            with contextlib.suppress(FileNotFoundError):  # withdrawn in between
+                return dict(json.loads(path.read_text()))
         return None
 
     def child(self) -> int:
