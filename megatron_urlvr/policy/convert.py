@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -105,7 +105,7 @@ def to_megatron(source: Path, target: Path, *, vocab_multiple: int = 128) -> Non
                 start = file.tell()
                 # Views would be stored with all that they are views of.
                 whole = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-                torch.save(whole.view(*(1 for _ in place.at), *whole.shape), file)
+                _save(whole.view(*(1 for _ in place.at), *whole.shape), file)
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 records.append([place.key, list(place.at), dtype, start, file.tell() - start, name])
         everything = [record for part in _gathered(records, size) for record in part]
@@ -113,6 +113,16 @@ def to_megatron(source: Path, target: Path, *, vocab_multiple: int = 128) -> Non
             by_place = {(place.key, place.at): place for place in table}
             _write_index(temporary, [(by_place[key, tuple(at)], *rest) for key, at, *rest in everything])
             _copy_beside(source, temporary)
+
+
+def _save(tensor: torch.Tensor, file: IO[bytes]) -> None:
+    """`torch.save` without the ZIP format's checksums, which take most of its time and which torch does not read."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensor, file)
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _write_index(folder: Path, records: Sequence[tuple[Place, str, int, int, str]]) -> None:
