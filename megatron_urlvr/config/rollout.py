@@ -3,58 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field
 
 from .base import Section, rule
+from .named import NamedSection
 
 
-class FilterSection(Section):
+class FilterSection(NamedSection):
     """Which groups are trained on: a filter's name, and its own options beside it."""
-
-    model_config = ConfigDict(extra="allow")
 
     name: str
     """`zero_variance`: not those whose samples all have one reward. `majority`: those whose winning answer's share lies
     within [low, high]. Or one from an entry point."""
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The filter's own options, its defaults filled in."""
-        return dict(self.__pydantic_extra__ or {})
-
-    @field_validator("name")
     @classmethod
-    def _known(cls, value: str) -> str:
-        _filter(value)
-        return value
+    def named(cls, name: str) -> Any:
+        """The filter's class."""
+        from megatron_urlvr.rollout.filters import get_filter
 
-    @model_validator(mode="after")
-    def _options_hold(self) -> Self:
-        self.__pydantic_extra__ = _filter(self.name).Options.model_validate(self.options).model_dump(mode="json")
-        return self
-
-    @classmethod
-    def surviving(cls, parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
-        """Another filter starts from its own defaults."""
-        return dict(parent) if child.get("name", parent.get("name")) == parent.get("name") else {}
-
-    @classmethod
-    def open_model(cls, field: str | None, raw: Mapping[str, Any]) -> type[BaseModel] | None:
-        """The options of the named filter stand beside the name."""
-        try:
-            return None if field is not None else _filter(raw.get("name")).Options
-        except ValueError:
-            return None
-
-
-def _filter(name: Any) -> Any:
-    """The filter class, imported late: filters depend on torch and on this package. UnknownName if there is none."""
-    from megatron_urlvr.rollout.filters import get_filter
-
-    return get_filter(str(name))
+        return get_filter(name)
 
 
 class RolloutSection(Section):
