@@ -83,9 +83,9 @@ def make_plan(
     trainer = Trainer(policy, gpu, assumptions)
     server = sync = generate = None
     if crew.serving:
-        pool, bucket_bytes = config.servers.policy, (config.servers.bucket_mb or PACKED_MB) << 20
+        pool = config.servers.policy
         server = server_memory(model.hf, pool, gpu, parameters=parameters, itemsize=policy.itemsize)
-        sync = sync_plan(stream, trainer, bucket_bytes=bucket_bytes, transport=config.servers.transport)
+        sync = sync_plan(stream, trainer, bucket_bytes=_bucket_bytes(config), transport=config.servers.transport)
         generate = generation_of(config, crew, server, trainer, work, parameters)
     overlapped = config.rollout.max_staleness > 0
     times = step_times(trainer, work, shards, generate=generate, sync=sync, overlapped=overlapped)
@@ -130,9 +130,13 @@ def _load(config: Config, work: Workload, times: Times, assumptions: Assumptions
         tokens=tokens + -tokens % config.parallel.tp,
         microbatches=times.microbatches,
         swaps=_reference(config) or config.algorithm.kl.coef > 0,
-        bucket_bytes=(config.servers.bucket_mb or PACKED_MB) << 20,
+        bucket_bytes=_bucket_bytes(config),
         reserve=int(assumptions.trainer_reserve_gib * GIB),
     )
+
+
+def _bucket_bytes(config: Config) -> int:
+    return (config.servers.bucket_mb or PACKED_MB) << 20
 
 
 def _reference(config: Config) -> bool:

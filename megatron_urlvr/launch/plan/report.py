@@ -113,7 +113,7 @@ def _sync(plan: Plan) -> Iterator[str]:
     config = plan.config.servers
     yield ""
     yield (
-        f"Weight sync: {sync.bytes / 1e9:.1f} GB in {sync.buckets} buckets of {config.bucket_mb} MB "
+        f"Weight sync: {sync.bytes / 1e9:.1f} GB in {sync.buckets} buckets of {sync.bucket_bytes >> 20} MB "
         f"(largest {sync.largest_bucket / 1e6:.0f} MB), transport {config.transport}"
     )
     for group in _alike(plan):

@@ -25,6 +25,8 @@ class SyncPlan:
     """One update of all servers."""
 
     stages: list[StageSync]
+    bucket_bytes: int
+    """Where a bucket is full; a larger tensor makes one of its own."""
     largest_bucket: int
     seconds: dict[str, float]
 
@@ -77,4 +79,4 @@ def sync_plan(stream: Sequence[Tensor], trainer: Trainer, *, bucket_bytes: int, 
     else:
         seconds["write the snapshot"] = total / disk
         seconds["servers read it"] = total / disk
-    return SyncPlan(stages, largest, seconds)
+    return SyncPlan(stages, bucket_bytes, largest, seconds)
