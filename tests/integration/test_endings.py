@@ -156,8 +156,8 @@ def test_a_checkpoint_of_something_else_is_refused(urlvr, config, run_of_four):
     for content, complaint in (
         ("{}", "has no readable manifest.json"),
         ("[]", "has no readable manifest.json"),
-        (json.dumps({**good, "format": 99}), "format 99, this program reads 1"),
-        (json.dumps({**good, "model": {**good["model"], "hidden_size": 8192}}), "another model or layout (hidden_size"),
+        (json.dumps({**good, "format": 99}), f"format 99, this program reads {checkpoint.FORMAT}"),
+        (json.dumps({**good, "model": {**good["model"], "hidden_size": 8192}}), "another model (hidden_size"),
     ):
         manifest.write_text(content)
         assert complaint in checkpoint.verify(manifest.parent, good["model"])
