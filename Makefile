@@ -3,6 +3,9 @@ PYTHON ?= python3.11
 VENV := .venv
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
+# Files of tests that run at once.
+TEST_WORKERS ?= 2
+PARALLEL = --numprocesses $(TEST_WORKERS) --dist loadfile
 
 .PHONY: demo test lint unit distributed clean sglang-cpu test-sglang test-slurm
 
@@ -16,10 +19,11 @@ lint: $(STAMP)
 	$(call timed,mypy,$(VENV)/bin/mypy)
 
 unit: $(STAMP)
-	$(call timed,unit and kernel tests,$(VENV)/bin/pytest tests/unit tests/kernels)
+	$(call timed,unit and kernel tests,$(VENV)/bin/pytest $(PARALLEL) tests/unit tests/kernels)
 
 distributed: $(STAMP)
-	$(call timed,distributed and integration tests,$(VENV)/bin/pytest tests/distributed tests/integration)
+	$(call timed,distributed tests,$(VENV)/bin/pytest tests/distributed)
+	$(call timed,integration tests,$(VENV)/bin/pytest $(PARALLEL) tests/integration)
 
 # A new pyproject.toml or setup.py installs again. torch is resolved with the rest: see pyproject.toml for its range.
 $(STAMP): pyproject.toml setup.py
