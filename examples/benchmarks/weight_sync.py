@@ -41,7 +41,6 @@ from megatron_urlvr.rollout.pool import Server
 from megatron_urlvr.rollout.weight_sync.buckets import buckets
 from megatron_urlvr.rollout.weight_sync.group import GroupTransport
 from megatron_urlvr.rollout.weight_sync.snapshot import Snapshots
-from megatron_urlvr.rollout.weight_sync.sync import APART_MB
 
 LIMIT_S = 120
 LAYER = {"qkv": (1536, 1024), "o": (1024, 1024), "up": (5632, 1024), "down": (1024, 2816), "norm": (1024,)}
@@ -246,7 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=1.0, help="size of the weights")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--bucket-mb", type=int, default=APART_MB, help="servers.bucket_mb")
+    parser.add_argument("--bucket-mb", type=int, default=512, help="servers.bucket_mb")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)

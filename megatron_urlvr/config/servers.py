@@ -56,8 +56,8 @@ class ServersSection(Section):
     verify: bool = False
     """After each update compare checksums of what servers hold with the policy's (servers on a CPU), or with each
     other's (on CUDA, where they hash otherwise). Takes a second a GB and more."""
-    bucket_mb: int | None = Field(default=None, ge=1)
-    """Tensors are sent in buckets of so many MB. None: 512 on GPUs, 48 on a CPU."""
+    bucket_mb: int = Field(default=512, ge=1)
+    """Tensors are sent in buckets of so many MB."""
     sync_timeout_s: float = Field(default=120, gt=0)
     """Longest that one bucket, or the loading of a snapshot, may take."""
     timeout_s: float = Field(default=600, gt=0)

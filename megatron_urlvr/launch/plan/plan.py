@@ -12,7 +12,6 @@ from ...config.root import Config
 from ...exit_codes import UnusableInput
 from ...policy.hf.families import Family, family_of
 from ...policy.hf.folder import read_config
-from ...rollout.weight_sync.sync import PACKED_MB
 from .crew import Crew
 from .hardware import GIB, GPU, Assumptions
 from .memory import Load, RankMemory, ServerMemory, rank_memory, server_memory
@@ -85,7 +84,9 @@ def make_plan(
     if crew.serving:
         pool = config.servers.policy
         server = server_memory(model.hf, pool, gpu, parameters=parameters, itemsize=policy.itemsize)
-        sync = sync_plan(stream, trainer, bucket_bytes=_bucket_bytes(config), transport=config.servers.transport)
+        sync = sync_plan(
+            stream, trainer, bucket_bytes=config.servers.bucket_mb << 20, transport=config.servers.transport
+        )
         generate = generation_of(config, crew, server, trainer, work, parameters)
     overlapped = config.rollout.max_staleness > 0
     times = step_times(trainer, work, shards, generate=generate, sync=sync, overlapped=overlapped)
@@ -130,13 +131,9 @@ def _load(config: Config, work: Workload, times: Times, assumptions: Assumptions
         tokens=tokens + -tokens % config.parallel.tp,
         microbatches=times.microbatches,
         swaps=_reference(config) or config.algorithm.kl.coef > 0,
-        bucket_bytes=_bucket_bytes(config),
+        bucket_bytes=config.servers.bucket_mb << 20,
         reserve=int(assumptions.trainer_reserve_gib * GIB),
     )
-
-
-def _bucket_bytes(config: Config) -> int:
-    return (config.servers.bucket_mb or PACKED_MB) << 20
 
 
 def _reference(config: Config) -> bool:

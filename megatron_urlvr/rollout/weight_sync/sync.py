@@ -31,8 +31,6 @@ from .verify import Checksums, read_checksums
 
 SAY_EVERY_S = 15.0
 ASK_AGAIN_S = 0.5
-PACKED_MB, APART_MB = 512, 48
-"""Size of buckets where `servers.bucket_mb` says nothing. On a CPU larger ones are new memory each time."""
 
 
 class WeightSync:
@@ -58,7 +56,7 @@ class WeightSync:
         self._problem: Exception | None = None
         self._repairs: dict[int, asyncio.Task[None]] = {}
         self._checksums: Checksums | None = None
-        self._limit = (settings.bucket_mb or (PACKED_MB if transport.packs else APART_MB)) << 20
+        self._limit = settings.bucket_mb << 20
 
     def begin(self, label: str) -> None:
         """Pause every server there is.
