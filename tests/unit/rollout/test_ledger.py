@@ -51,20 +51,22 @@ def test_any_history_of_launches_and_crashes_keeps_what_was_told_last(
 ) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, truth, count = Path(name), dict[tuple[int, int], dict[str, int]](), 0
+        whole = dict[Path, int]()  # where the last record that was not torn ends
         for replica, told, end in launches:
             ledger, torn = Ledger(folder, replica), None
             for number, (step, prompt) in enumerate(told):
                 count += 1
                 path = folder / f"step_{step:06d}.r{replica}.groups"
-                before = path.stat().st_size if path.exists() else 0
                 ledger.append(step, group(prompt, count))
+                size, before = path.stat().st_size, whole.get(path, 0)
+                assert size > before
                 mine = truth.setdefault((step, replica), {})
                 last = number == len(told) - 1
                 if last and isinstance(end, int):  # the crash came while this record was written
-                    size = path.stat().st_size
                     torn = path, before + end % (size - before)
                 else:
                     mine[f"p{prompt}"] = count
+                    whole[path] = size
                     torn = (path, None) if end == "garbage" else None
             ledger.close()
             if torn is not None and torn[1] is not None:
