@@ -4,11 +4,11 @@
 
 Three runs of the same small policy: `rollout.max_staleness` 0, and 1 with each `servers.pause`. The server is the fake
 of the tests: its tokens are random and take the time that `--seconds-per-token` says, whatever this machine does
-meanwhile, as those of a server on other hardware do; it has as many places as one batch has responses. So what is measured
-is the overlap, not the speed of generation; the policy, the updates of the weights and the ledger are real. From the
-synchronous run come G, the seconds a step waits for its responses, and T, those of the rest. One after the other they take
-G + T; side by side max(G, T), and less where the next batch's requests take the places that short responses leave while
-the longest of this one is waited for.
+meanwhile, as those of a server on other hardware do; it has as many places as one batch has responses. So what is
+measured is the overlap, not the speed of generation; the policy, the updates of the weights and the ledger are real.
+From the synchronous run come G, the seconds a step waits for its responses, and T, those of the rest. One after the
+other they take G + T; side by side max(G, T), and less where the next batch's requests take the places that short
+responses leave while the longest of this one is waited for.
 """
 
 from __future__ import annotations
