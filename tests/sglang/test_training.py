@@ -139,13 +139,15 @@ def test_ten_steps_of_the_quickstart_are_those_of_the_embedded_engine_but_for_no
         for name in ("run", "embedded")
     )
     assert [row["step"] for row in theirs] == list(range(11))
-    assert all(row["rollout/faults"] == 0 for row in theirs[1:])
+    faults = [{k: v for k, v in row.items() if k.startswith("rollout/faults") and v} for row in theirs[1:]]
+    assert not any(faults), faults
     assert all("eval/held_out/avg@4" in row for row in (theirs[0], theirs[5], theirs[10]))
     for name in (*AUDITED, *OF_POLICY):
-        # The same prompts at every step: their difficulty cancels in the difference.
+        # The same prompts at every step: their difficulty cancels in the difference. With 9 degrees of freedom, 8
+        # standard errors are passed by chance once in 45,000 times.
         gaps = [a[name] - b[name] for a, b in zip(theirs[1:], ours[1:], strict=True)]
         noise = statistics.stdev(gaps) / math.sqrt(len(gaps))
-        assert abs(statistics.mean(gaps)) < 5 * noise + 1e-6, f"{name}: {gaps}"
+        assert abs(statistics.mean(gaps)) < 8 * noise + 1e-6, f"{name}: {gaps}"
 
 
 def test_of_two_servers_one_is_killed_in_mid_rollout_and_comes_back(served: Served, tmp_path: Path) -> None:
