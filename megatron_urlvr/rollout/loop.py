@@ -65,8 +65,9 @@ class HttpLoop:
         loop.close()
 
     async def _open(self) -> None:
-        # Limits are kept by the scheduler, server by server.
-        connector = aiohttp.TCPConnector(limit=0, limit_per_host=0)
+        # Limits are kept by the scheduler, server by server. SGLang closes connections that were idle for 5 s
+        # (SGLANG_TIMEOUT_KEEP_ALIVE); a request that crosses that closing is lost, so this side closes first.
+        connector = aiohttp.TCPConnector(limit=0, limit_per_host=0, keepalive_timeout=2)
         self.session = aiohttp.ClientSession(connector=connector, headers=self._headers)
 
     async def _shut(self) -> None:
