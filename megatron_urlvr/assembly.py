@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from .agreement import agreed
 from .algorithms.advantages import Advantage, get_advantage
 from .algorithms.direct import DirectLoss, build_objective
 from .algorithms.losses import PolicyLoss
-from .config.checks import SERVER_MARGIN, check
+from .config.checks import check
 from .config.errors import ConfigError
 from .config.eval import EvalSet
 from .config.root import Config
@@ -24,7 +23,8 @@ from .data.grading.grader import Grader
 from .data.labels import LabelStore
 from .data.sources import PromptSet, load_source
 from .data.stream import PromptStream
-from .data.tokenizer import load_tokenizer, stop_ids
+from .data.tokenizer import load_tokenizer
+from .engines import build_engine, decoder, embedded_engine, frozen_servers, positions, real_vocab
 from .exchange import gather_from_leaders, share_groups
 from .exit_codes import UnusableInput
 from .layout import Layout, broadcast_json
@@ -34,16 +34,10 @@ from .policy.policy import Policy
 from .rewards.base import PERMUTED_LABEL
 from .rewards.combine import Combined, build_terms
 from .rewards.providers import Checker, Respondent, Weights, get_provider
-from .rollout.dispatch import Model
 from .rollout.early import EarlyVotes
-from .rollout.embedded import EmbeddedEngine
 from .rollout.engine import RolloutEngine
 from .rollout.filters import Filter, get_filter
-from .rollout.frozen import FrozenServers
-from .rollout.replay import ReplayEngine
 from .rollout.sglang import SGLangEngine
-from .rollout.supervisor import server_statistics
-from .run_dir import RunDir
 from .signals import ModelRespondent, Signals, permuted
 from .types import Group, Prompt, Sampling
 
@@ -110,11 +104,7 @@ class Parts:
 
     def correctness(self, group: Group, *, use: str) -> torch.Tensor | None:
         """`[n]` bool: which answers are right. None when the prompt has no label. Each call is a counted use."""
-        label = self.labels.get(group.prompt.id, use=use)
-        if label is None:
-            return None
-        grader = self.grader_of(group.prompt)
-        return torch.tensor([grader.correct(sample.answer, label) for sample in group.samples], dtype=torch.bool)
+        return self._right_for(group, group.prompt.id, use)
 
     def can_reward(self, prompt: Prompt) -> bool:
         """Whether responses to `prompt` can be given a reward: its label is there where one is read, and its providers
@@ -125,7 +115,10 @@ class Parts:
 
     def permuted_correctness(self, group: Group, *, use: str) -> torch.Tensor | None:
         """`[n]` bool: which answers are right for another prompt's label. None when there is none."""
-        label = self.labels.get(self.permuted.get(group.prompt.id, ""), use=use)
+        return self._right_for(group, self.permuted.get(group.prompt.id, ""), use)
+
+    def _right_for(self, group: Group, labelled: str, use: str) -> torch.Tensor | None:
+        label = self.labels.get(labelled, use=use)
         if label is None:
             return None
         grader = self.grader_of(group.prompt)
@@ -198,8 +191,8 @@ def build(config: Config, layout: Layout) -> Parts:
         layout,
         optim=None if config.run.rollout_only else config.optim,
         temperature=config.rollout.temperature,
-        real_vocab=_real_vocab(config, tokenizer),
-        keep_reference=_wants_reference(config),
+        real_vocab=real_vocab(config, tokenizer),
+        keep_reference=config.keeps_start,
     )
     engine = build_engine(config, policy, tokenizer, session) if layout.is_leader else None
     if isinstance(engine, SGLangEngine) and config.rollout.early_voting:
@@ -262,17 +255,6 @@ def _without_labels(held_out: Mapping[str, HeldOut]) -> Iterator[str]:
             )
 
 
-def _wants_reference(config: Config) -> bool:
-    """Whether the starting weights are read again: by an evaluation, a penalty, a certainty reward or a provider."""
-    kl = config.algorithm.kl
-    return (
-        config.eval.every > 0
-        or (kl.coef > 0 and kl.reference == "start")
-        or config.reward.judge == "reference"
-        or any(provider.options.get("weights") == "reference" for provider in config.reward.providers.values())
-    )
-
-
 def build_signals(
     config: Config,
     policy: Policy,
@@ -292,9 +274,9 @@ def build_signals(
 
     def respondent_of(weights: Weights, pool: str) -> Respondent:
         if weights == "servers":
-            return _frozen_servers(config, pool, replicas=policy.layout.dp, like=engine)
+            return frozen_servers(config, pool, replicas=policy.layout.dp, like=engine)
         made = embedded_engine(config.model.path, policy, tokenizer, max_batch=config.rollout.batch)
-        return ModelRespondent(made, tokenizer, _positions(policy.hf))
+        return ModelRespondent(made, tokenizer, positions(policy.hf))
 
     chosen = config.reward.providers.items()
     classes = {label: get_provider(section.name) for label, section in chosen}
@@ -305,97 +287,14 @@ def build_signals(
         providers={label: (classes[label], classes[label].Options(**section.options)) for label, section in chosen},
         seed=config.run.seed,
         respondent_of=respondent_of,
-        own=None if engine is None else ModelRespondent(engine, tokenizer, _positions(policy.hf)),
+        own=None if engine is None else ModelRespondent(engine, tokenizer, positions(policy.hf)),
         grader_of=lambda prompt: set_of(prompt).grader,
         checkers_of=checkers_of,
-        decode=_decoder(tokenizer),
+        decode=decoder(tokenizer),
     )
-
-
-def _positions(hf: Mapping[str, Any]) -> int:
-    """Positions of a model; servers may have fewer, and then say so."""
-    return int(hf.get("max_position_embeddings", 2**31))
-
-
-def _frozen_servers(config: Config, pool: str, *, replicas: int, like: RolloutEngine | None) -> ModelRespondent:
-    section = config.servers.pools[pool]
-    folder = section.model or config.model.path
-    hf, tokenizer = read_config(folder), load_tokenizer(folder)
-    servers = FrozenServers(
-        config.servers,
-        pool=pool,
-        folder=RunDir(config.run.dir).servers,
-        model=Path(folder),
-        decode=_decoder(tokenizer),
-        served=Model(int(hf["vocab_size"]), stop_ids(tokenizer, folder)),
-        replicas=replicas,
-    )
-    if like is not None:
-        servers.interrupted = lambda: like.interrupted()
-    return ModelRespondent(servers, tokenizer, min(section.context, _positions(hf)) - SERVER_MARGIN)
-
-
-def _real_vocab(config: Config, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Entries that count under `model.vocab`; None leaves it to the model's config."""
-    return len(tokenizer) if config.model.vocab == "tokenizer" else None
 
 
 def _new_session(layout: Layout) -> str:
     """A name for this process, or these processes together, that no earlier one had."""
     name = secrets.token_hex(4)
     return name if layout.world_size == 1 else str(broadcast_json(name, source=0, group=layout.control))
-
-
-def build_engine(config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase, session: str) -> RolloutEngine:
-    """The engine of `rollout.engine`, on a replica's leader. `session`: see `_new_session`."""
-    if config.rollout.engine == "sglang":
-        return _sglang_engine(config, policy, tokenizer, session)
-    if config.rollout.engine == "replay":
-        return ReplayEngine(config.rollout.replay_from or "")
-    return embedded_engine(
-        config.model.path,
-        policy,
-        tokenizer,
-        max_batch=config.rollout.batch,
-        vocab_size=_real_vocab(config, tokenizer),
-    )
-
-
-def _sglang_engine(config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase, session: str) -> SGLangEngine:
-    stops = stop_ids(tokenizer, config.model.path)
-    served = Model(int(policy.hf["vocab_size"]), stops, server_statistics(config))
-    return SGLangEngine(
-        config.servers,
-        folder=RunDir(config.run.dir).servers,
-        model=Path(config.model.path),
-        decode=_decoder(tokenizer),
-        served=served,
-        device=policy.layout.device,
-        session=session,
-        replicas=policy.layout.dp,
-        pushes=policy.layout.is_main,
-    )
-
-
-def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
-    return lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True))
-
-
-def embedded_engine(
-    folder: str | Path,
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_batch: int,
-    vocab_size: int | None = None,
-) -> EmbeddedEngine:
-    """A transformers model of the policy's shape; it holds random weights until the first update."""
-    return EmbeddedEngine(
-        folder=str(folder),
-        decode=_decoder(tokenizer),
-        stop_ids=stop_ids(tokenizer, folder),
-        device=policy.layout.device,
-        dtype=policy.dtype,
-        vocab_size=vocab_size or int(policy.hf["vocab_size"]),
-        max_batch=max_batch,
-    )

@@ -21,7 +21,6 @@ import torch
 
 from .algorithms.losses import LossInputs
 from .analysis.estimators import NO_ANSWER, avg_at_n, maj_at_n, parse_rate
-from .assembly import embedded_engine
 from .config.model import ModelSection
 from .config.parallel import ParallelSection
 from .config.pretrain import ArchitectureSection, PretrainConfig, Snapshot
@@ -29,6 +28,7 @@ from .data.grading.annotate import annotate
 from .data.tasks import Task, TaskPrompt, get_task
 from .data.tasks.base import split_of
 from .data.tokenizer import load_tokenizer, save_tokenizer
+from .engines import embedded_engine
 from .exchange import derive_seed, hand_over
 from .exit_codes import ExitCode, UnusableInput
 from .layout import Layout, joined

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from .agreement import agreed
@@ -128,7 +127,7 @@ class Signals:
                 continue
             respondent = self.respondent(weights, "") if self.layout.is_leader else None
             engine = respondent.engine if isinstance(respondent, ModelRespondent) else None
-            hand_over(_stream(self.policy, weights), engine, self.layout, version=times + 1)
+            hand_over(self.policy.export(weights), engine, self.layout, version=times + 1)
             self._pushed[weights] = times + 1
 
     def _share(self, groups: Sequence[Group], names: Sequence[str]) -> None:
@@ -159,12 +158,6 @@ class Signals:
         for respondent in self._made.values():
             if isinstance(respondent, ModelRespondent):
                 respondent.engine.close()
-
-
-def _stream(policy: Policy, weights: Literal["reference", "ema"]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The policy's stream of tensors while it holds other weights; every rank must drain it."""
-    with policy._using(weights):
-        yield from policy.export()
 
 
 def permuted(ids: Sequence[str], seed: int) -> dict[str, str]:

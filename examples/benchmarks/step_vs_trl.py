@@ -117,12 +117,12 @@ def ours(folder: Path) -> tuple[Callable[[], None], Phases]:
     """This program: its policy, engine, reward, advantage and loss, as the training loop calls them."""
     from megatron_urlvr.algorithms.advantages import get_advantage
     from megatron_urlvr.algorithms.losses import build_loss, token_weights
-    from megatron_urlvr.assembly import embedded_engine
     from megatron_urlvr.config.algorithm import KLSection, LossSection
     from megatron_urlvr.config.model import ModelSection
     from megatron_urlvr.config.optim import OptimSection
     from megatron_urlvr.config.parallel import ParallelSection
     from megatron_urlvr.config.reward import RewardSection, TermSection
+    from megatron_urlvr.engines import embedded_engine
     from megatron_urlvr.layout import start
     from megatron_urlvr.policy.batch import Row
     from megatron_urlvr.policy.policy import Policy

@@ -42,6 +42,17 @@ class Config(Section):
     monitor: MonitorSection = MonitorSection()
     """What a run writes while it goes on."""
 
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the starting weights are read again: by an evaluation, a penalty, a certainty reward, a provider."""
+        kl = self.algorithm.kl
+        return (
+            self.eval.every > 0
+            or (kl.coef > 0 and kl.reference == "start")
+            or self.reward.judge == "reference"
+            or any(provider.options.get("weights") == "reference" for provider in self.reward.providers.values())
+        )
+
     @rule("algorithm.mini_batch", "rollout.prompts")
     def _mini_batch(self) -> str | None:
         prompts, mini_batch = self.rollout.prompts, self.algorithm.mini_batch

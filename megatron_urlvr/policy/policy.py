@@ -245,9 +245,10 @@ class Policy:
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
-    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Stream of (Hugging Face name, whole tensor); every rank must drain it."""
-        return self.weights.export()
+    def export(self, weights: Weights = "policy") -> Iterator[tuple[str, torch.Tensor]]:
+        """Stream of (Hugging Face name, whole tensor) of `weights`; every rank must drain it."""
+        with self._using(weights):
+            yield from self.weights.export()
 
     def save_hf(self, folder: Path, *, tokenizer_from: Path | None = None) -> None:
         """Write the weights as a Hugging Face folder (by rank 0; collective)."""

@@ -222,7 +222,7 @@ async def _now(call: Callable[[], None]) -> None:
 
 
 def _snapshot_folder(servers: ServersSection, folder: Path, session: str) -> Path:
-    """A folder of this session alone: what else lies in `servers.snapshot_dir` is somebody else's."""
+    """A folder of this trainer alone: what else lies in `servers.snapshot_dir` is somebody else's."""
     if servers.snapshot_dir is not None:
         return Path(servers.snapshot_dir) / f"urlvr-{session}"
     own = folder / "weights"

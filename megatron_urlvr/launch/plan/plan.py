@@ -130,21 +130,15 @@ def _load(config: Config, work: Workload, times: Times, assumptions: Assumptions
     return Load(
         tokens=tokens + -tokens % config.parallel.tp,
         microbatches=times.microbatches,
-        swaps=_reference(config) or config.algorithm.kl.coef > 0,
+        swaps=config.keeps_start or config.algorithm.kl.coef > 0 or config.reward.judge == "ema",
         bucket_bytes=config.servers.bucket_mb << 20,
         reserve=int(assumptions.trainer_reserve_gib * GIB),
     )
 
 
-def _reference(config: Config) -> bool:
-    """Whether the starting weights are kept, as `assembly.build` decides."""
-    kl = config.algorithm.kl
-    return config.eval.every > 0 or (kl.coef > 0 and kl.reference == "start")
-
-
 def _copies(config: Config) -> int:
     """Float32 copies of the weights in host memory."""
-    return int(_reference(config)) + int(config.optim.ema_decay is not None)
+    return int(config.keeps_start) + int(config.optim.ema_decay is not None)
 
 
 class UnplannableError(UnusableInput):

@@ -131,3 +131,18 @@ def test_a_search_proposes_overrides_that_plan_to_the_seconds_it_promised(urlvr,
 def test_gpus_are_shared_out_between_training_and_serving(config, overrides, gpus, rollout, shares):
     crew = crew_of(load_config(config, overrides), gpus, rollout)
     assert (crew.trainers, crew.serving) == shares
+
+
+@pytest.mark.parametrize(
+    ("overrides", "copies"),
+    [
+        ([], 0),
+        (["optim.ema_decay=0.9"], 1),
+        (["reward.judge=reference"], 1),
+        (["reward.judge=ema", "optim.ema_decay=0.9"], 1),
+        (["reward.judge=reference", "optim.ema_decay=0.9"], 2),
+    ],
+)
+def test_every_copy_of_the_weights_that_a_run_keeps_is_planned(urlvr, config, overrides, copies):
+    told = json.loads(urlvr("plan", config, "--gpus", 16, "--json", "eval.every=0", *overrides)[1])
+    assert told["host_bytes"] == copies * 4 * max(rank["parameters"] for rank in told["ranks"])
