@@ -37,15 +37,35 @@ class Comparison:
 def read_table(path: Path) -> dict[str, dict[str, Any]]:
     """Rows of a problem table by problem. UnusableInput for what is none."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        table = {str(row["id"]): row for row in rows}
+        lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise UnusableInput(f"there is no file {path}: `urlvr eval` writes such tables to RUN/evals/.") from None
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-        raise UnusableInput(f"{path} is no table of problems as `urlvr eval` writes it: {error!r}.") from error
+    except OSError as error:
+        raise UnusableInput(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UnusableInput(f"{path} is no text: {error}.") from error
+    table = {}
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            row = _row(line)
+            if row is None:
+                raise UnusableInput(f"{path}, line {number} is no problem as `urlvr eval` writes it: {line[:80]}")
+            table[str(row["id"])] = row
     if not table:
         raise UnusableInput(f"{path} holds no problems.")
     return table
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """An object with an id and at least one measure, measures being numbers or null; None for another."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or "id" not in row or not any(name in row for name in MEASURES):
+        return None
+    numbers = all(row.get(name) is None or isinstance(row[name], int | float) for name in MEASURES)
+    return row if numbers else None
 
 
 def compare(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]]) -> list[Comparison]:

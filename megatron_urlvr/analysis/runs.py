@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,15 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
-
-from megatron_urlvr.exit_codes import UnusableInput
 
 from .curves import Curve, FloatArray, Summary, ends, mean_curve, summarize
-
-
-class RunError(UnusableInput):
-    """A folder cannot be read as a run."""
+from .reading import RunError, read_metrics, read_object, read_objects, read_settings
 
 
 @dataclass
@@ -115,8 +107,13 @@ class RunRecord:
         return sorted(int(match[1]) for file in self._sample_files() if (match := _SAMPLES.fullmatch(file.name)))
 
     def samples(self, step: int) -> list[dict[str, Any]]:
-        """Probe samples of `step`: objects with prompt, response, answer, reward, correct."""
-        return _read_jsonl(self.path / "samples" / f"step_{step:06d}.jsonl")
+        """Probe samples of `step`: objects with prompt, response, answer, reward, correct. RunError for others."""
+        path = self.path / "samples" / f"step_{step:06d}.jsonl"
+        rows = read_objects(path)
+        for number, row in enumerate(rows, start=1):
+            if missing := [key for key in ("prompt", "response") if not isinstance(row.get(key), str)]:
+                raise RunError(f"{path}, sample {number} has no {missing[0]}")
+        return rows
 
     def _sample_files(self) -> Iterable[Path]:
         folder = self.path / "samples"
@@ -175,16 +172,16 @@ class Series:
 
 def load_run(path: Path, label: str | None = None) -> RunRecord:
     """Read a run folder. RunError when it has no readable config.yaml or its metrics.jsonl is broken inside."""
-    config = _read_yaml(path / "config.yaml")
+    config = read_settings(path / "config.yaml")
     if not isinstance(config.get("run"), dict) or "name" not in config["run"]:
         raise RunError(f"{path / 'config.yaml'} is no config of a run: it has no run.name")
-    rows = {int(row["step"]): row for row in _read_jsonl(path / "metrics.jsonl") if "step" in row}
+    rows = {row["step"]: row for row in read_metrics(path / "metrics.jsonl")}
     record = RunRecord(
         path=path,
         config=config,
         rows=[rows[step] for step in sorted(rows)],
-        status=_read_json(path / "status.json"),
-        labels=_read_json(path / "labels.json"),
+        status=read_object(path / "status.json"),
+        labels=read_object(path / "labels.json"),
     )
     record.label = record.name if label is None else label
     return record
@@ -231,45 +228,3 @@ def differing_settings(records: Iterable[RunRecord]) -> dict[str, list[Any]]:
     keys = dict.fromkeys(key for config in configs for key in config if key not in ("run.name", "run.dir"))
     columns = {key: [config.get(key) for config in configs] for key in keys}
     return {key: values for key, values in columns.items() if any(value != values[0] for value in values)}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RunError(f"{path.parent} is no run folder: it has no {path.name}") from error
-    except yaml.YAMLError as error:
-        raise RunError(f"{path} is no readable YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise RunError(f"{path} holds no settings")
-    return tree
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise RunError(f"{path} is no readable JSON: {error}") from error
-    return tree if isinstance(tree, dict) else {}
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file; empty when it is not there. A last line that a process is still writing is left."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    whole, unfinished = lines[:-1], lines[-1]
-    rows = []
-    for number, line in enumerate(whole, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise RunError(f"{path}, line {number} is no JSON object: {error}") from error
-    if unfinished:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(unfinished))
-    return [row for row in rows if isinstance(row, dict)]

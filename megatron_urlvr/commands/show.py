@@ -13,7 +13,9 @@ from megatron_urlvr.exit_codes import UnusableInput
 
 def show(file: Path | None, overrides: Sequence[str], *, docs: bool) -> str:
     """The resolved YAML of `file`, or with `docs` the documented settings of its kind of config (training, without a
-    file). ConfigError where the config cannot be used."""
+    file). UnusableInput where the config cannot be used, or for `docs` with overrides."""
+    if docs and overrides:
+        raise UnusableInput(f"--docs says what settings mean; it goes without overrides ({overrides[0]}).")
     if docs:
         return documented_yaml(model_of(file) if file is not None else Config)
     if file is None:

@@ -56,9 +56,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), model: type[Any
 
 
 def config_file(path: str | Path) -> Path:
-    """`path` itself, or the `config.yaml` in it when it is the folder of a run."""
+    """`path` itself, or the `config.yaml` in it when it is the folder of a run. ConfigError for another folder."""
     path = Path(path)
-    return path / "config.yaml" if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    file = path / "config.yaml"
+    if not file.is_file():
+        raise ConfigError([f"{path} is a folder, and no run's: it has no {file.name}. Give a YAML file."], str(path))
+    return file
 
 
 def model_of(path: str | Path) -> type[Section]:
@@ -158,10 +163,12 @@ def read_yaml(path: Path) -> Tree:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         names = [item.name for item in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, names, f"{path.parent}/")
+        hint = did_you_mean(path.name, names, "" if path.parent == Path() else f"{path.parent}/")
         raise ConfigError([f"there is no file {path}.{hint}"], str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path} cannot be read: {error}."], str(path)) from None
+    except OSError as error:
+        raise ConfigError([f"{path} cannot be read: {error.strerror}."], str(path)) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path} is no text: {error}."], str(path)) from None
     try:
         tree = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
     except yaml.MarkedYAMLError as error:

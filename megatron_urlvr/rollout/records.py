@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import zstandard
 
+from ..exit_codes import UnusableInput
 from ..types import STATISTICS, Group, Prompt, Sample, Span, TokenStats
 
 
@@ -93,7 +94,18 @@ def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file that `write_records` wrote."""
-    with open(path, "rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-        for line in io.TextIOWrapper(stream, encoding="utf-8"):
-            yield json.loads(line)
+    """The objects of a file that `write_records` wrote. UnusableInput for another file, or a torn one."""
+    try:
+        with open(path, "rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
+            for line in io.TextIOWrapper(stream, encoding="utf-8"):
+                yield json.loads(line)
+    except (zstandard.ZstdError, ValueError) as error:
+        raise UnusableInput(f"{path} is no file of recorded rollouts: {error}.") from error
+
+
+def read_groups(path: Path) -> list[Group]:
+    """The groups of a file that `write_records` wrote. UnusableInput for another file, or a torn one."""
+    try:
+        return [group_from_record(record) for record in read_records(path)]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UnusableInput(f"{path} is no file of recorded rollouts: {error!r}.") from error

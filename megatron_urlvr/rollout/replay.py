@@ -11,7 +11,7 @@ import torch
 from ..exit_codes import UnusableInput
 from ..types import Group, Prompt, Sampling
 from .engine import RolloutEngine
-from .records import group_from_record, read_records
+from .records import read_groups
 
 
 def rollout_file(run: Path, step: int) -> Path:
@@ -43,7 +43,7 @@ class ReplayEngine(RolloutEngine):
         if not path.exists():
             raise UnusableInput(f"rollout.replay_from = {self.run}: {path.name} was not recorded; lower run.steps")
         self.step = step
-        groups = [_bare(group_from_record(record)) for record in read_records(path)]
+        groups = [_bare(group) for group in read_groups(path)]
         self._groups = {group.prompt.id: group for group in groups}
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:

@@ -68,7 +68,7 @@ def test_tables_of_other_problems_or_no_tables_are_refused(tmp_path: Path, capsy
     with pytest.raises(UnusableInput, match="there is no file"):
         read_table(tmp_path / "none")
     (tmp_path / "broken").write_text("[]\n")
-    with pytest.raises(UnusableInput, match="is no table of problems"):
+    with pytest.raises(UnusableInput, match="line 1 is no problem"):
         read_table(tmp_path / "broken")
     print_comparison(one, one)
     assert "+0.0000" in capsys.readouterr().out
