@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from megatron_urlvr.commands.launch import app as launch_app
+from megatron_urlvr.distributed.ranks import adopt_srun
 from megatron_urlvr.exit_codes import DISK_FULL, ExitCode, UnusableInput
-from megatron_urlvr.ranks import adopt_srun
 
 app = typer.Typer(
     help="Unsupervised reinforcement learning with verifiable rewards, on Megatron-Core and SGLang.",

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .analysis.estimators import NO_ANSWER, Floats, maj_at_n, mean_and_se, summarise
-from .assembly import HeldOut, Parts
-from .batching import reward_groups, score_groups
 from .config.root import Config
-from .exchange import derive_seed, gather_from_leaders, in_order, my_share
-from .run_files import RunFiles
+from .distributed.exchange import derive_seed, gather_from_leaders, in_order, my_share
+from .loop.assembly import HeldOut, Parts
+from .loop.batching import reward_groups, score_groups
+from .run.files import RunFiles
 from .types import Group, Sampling
 
 Score = Callable[[Sequence[Group]], Sequence[dict[str, list[float]]]]

@@ -28,14 +28,14 @@ from .data.grading.annotate import annotate
 from .data.tasks import Task, TaskPrompt, get_task
 from .data.tasks.base import split_of
 from .data.tokenizer import load_tokenizer, save_tokenizer
-from .engines import embedded_engine
-from .exchange import derive_seed, hand_over
+from .distributed.exchange import derive_seed, hand_over
+from .distributed.layout import Layout, joined
 from .exit_codes import ExitCode, UnusableInput
-from .layout import Layout, joined
+from .loop.engines import embedded_engine
 from .policy.batch import Row
 from .policy.optimizer import learning_rate
 from .policy.policy import Policy
-from .run_dir import RunDir, write_json
+from .run.folder import RunDir, write_json
 from .types import Group, Prompt, Sampling, TokenStats
 
 SUMMARY = "pretraining.json"

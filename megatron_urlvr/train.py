@@ -4,10 +4,10 @@
                                                      │
     engine ◄─ weights ◄─ policy.update ◄─ advantage ◄─ reward        audit (labels) and metrics look on
 
-With `rollout.max_staleness` the engine works on the next batches while this one is trained on: see `feed.py`. Every
-rank runs this. Each data-parallel replica owns its prompts; its leader speaks with the engine and hands the
+With `rollout.max_staleness` the engine works on the next batches while this one is trained on: see `loop/feed.py`.
+Every rank runs this. Each data-parallel replica owns its prompts; its leader speaks with the engine and hands the
 groups to the replica. Rank 0 writes files. A signal is noticed between phases: the step in progress is given up, and
-the last completed one is saved. How a run ends is in `endings.py`.
+the last completed one is saved. How a run ends is in `run/endings.py`.
 """
 
 from __future__ import annotations
@@ -20,23 +20,30 @@ from typing import Any
 
 import torch
 
-from .assembly import Parts, build, preflight
-from .batching import divergence_from_start, mini_batches, reward_groups, score_groups, select_groups, training_rows
-from .collapse_watch import Collapsed, CollapseWatch
 from .config.root import Config
-from .endings import run_to_its_end
+from .distributed.exchange import any_rank, hand_over, merge_sums
+from .distributed.layout import joined, world_size_from_environment
 from .evaluate import Evaluator
-from .exchange import any_rank, hand_over, merge_sums
-from .feed import Feed
-from .interrupts import Interrupts, Preempted
-from .layout import joined, world_size_from_environment
+from .loop.assembly import Parts, build, preflight
+from .loop.batching import (
+    divergence_from_start,
+    mini_batches,
+    reward_groups,
+    score_groups,
+    select_groups,
+    training_rows,
+)
+from .loop.collapse_watch import Collapsed, CollapseWatch
+from .loop.feed import Feed
+from .loop.off_policy import compare, correction_metrics, updates_per_step
 from .monitor.audit import audit_sums, merge, rates, rollout_sums, term_sums
-from .off_policy import compare, correction_metrics, updates_per_step
 from .policy.batch import Row
 from .policy.optimizer import learning_rate
 from .rewards.combine import RewardResult
 from .rollout.faults import Abandoned, RolloutFailed
-from .run_files import RunFiles
+from .run.endings import run_to_its_end
+from .run.files import RunFiles
+from .run.interrupts import Interrupts, Preempted
 from .types import Group
 
 

@@ -48,8 +48,9 @@ class Stopwatch:
 def main(started: float, config: str, overrides: list[str]) -> int:
     watch = Stopwatch(started)
     watch.mark("srun starts Python", psutil.Process().create_time())
-    from megatron_urlvr import layout, ranks, train
+    from megatron_urlvr import train
     from megatron_urlvr.config.loader import load_config
+    from megatron_urlvr.distributed import layout, ranks
 
     watch.mark("imports: torch, Megatron-Core, transformers")
     ranks.adopt_srun(os.environ)

@@ -122,8 +122,8 @@ def ours(folder: Path) -> tuple[Callable[[], None], Phases]:
     from megatron_urlvr.config.optim import OptimSection
     from megatron_urlvr.config.parallel import ParallelSection
     from megatron_urlvr.config.reward import RewardSection, TermSection
-    from megatron_urlvr.engines import embedded_engine
-    from megatron_urlvr.layout import start
+    from megatron_urlvr.distributed.layout import start
+    from megatron_urlvr.loop.engines import embedded_engine
     from megatron_urlvr.policy.batch import Row
     from megatron_urlvr.policy.policy import Policy
     from megatron_urlvr.rewards import build_terms

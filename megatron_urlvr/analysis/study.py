@@ -20,7 +20,7 @@ from megatron_urlvr.config.pretrain import PretrainConfig
 from megatron_urlvr.config.root import Config
 from megatron_urlvr.config.study import StudyConfig, StudyRun
 from megatron_urlvr.exit_codes import ExitCode, UnusableInput
-from megatron_urlvr.run_dir import RunDir, write_text
+from megatron_urlvr.run.folder import RunDir, write_text
 
 from .progress import job_watcher
 from .report import REPORT_FILE, write_series_report

@@ -20,7 +20,7 @@ from megatron_urlvr.analysis.detection import (
 from megatron_urlvr.analysis.runs import RunRecord, load_run
 from megatron_urlvr.config.monitor import CollapseSection
 from megatron_urlvr.exit_codes import UnusableInput
-from megatron_urlvr.run_dir import write_json
+from megatron_urlvr.run.folder import write_json
 
 from .runs import find_runs
 

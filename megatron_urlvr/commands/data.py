@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from megatron_urlvr.analysis.estimators import NO_ANSWER, maj_at_n
-from megatron_urlvr.assembly import Parts, build, preflight
 from megatron_urlvr.config.errors import did_you_mean
 from megatron_urlvr.config.root import Config
-from megatron_urlvr.exchange import derive_seed, gather_from_leaders, hand_over, in_order, my_share
+from megatron_urlvr.distributed.exchange import derive_seed, gather_from_leaders, hand_over, in_order, my_share
+from megatron_urlvr.distributed.layout import joined, world_size_from_environment
 from megatron_urlvr.exit_codes import ExitCode, UnusableInput
-from megatron_urlvr.layout import joined, world_size_from_environment
-from megatron_urlvr.run_dir import write_text
+from megatron_urlvr.loop.assembly import Parts, build, preflight
+from megatron_urlvr.run.folder import write_text
 from megatron_urlvr.types import Prompt, Sampling
 
 from .evaluate import find_checkpoint, load_step

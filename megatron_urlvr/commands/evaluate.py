@@ -13,15 +13,15 @@ import torch
 
 from megatron_urlvr.analysis.alignment import alignment, problem_aurocs
 from megatron_urlvr.analysis.estimators import avg_at_n
-from megatron_urlvr.assembly import Parts, build, preflight
 from megatron_urlvr.config.errors import did_you_mean
 from megatron_urlvr.config.root import Config
+from megatron_urlvr.distributed.exchange import derive_seed, hand_over
+from megatron_urlvr.distributed.layout import joined, world_size_from_environment
 from megatron_urlvr.evaluate import evaluate_set, majority_right, summarise_rows
-from megatron_urlvr.exchange import derive_seed, hand_over
 from megatron_urlvr.exit_codes import ExitCode, UnusableInput
-from megatron_urlvr.layout import joined, world_size_from_environment
+from megatron_urlvr.loop.assembly import Parts, build, preflight
 from megatron_urlvr.policy.checkpoint import CheckpointError, list_checkpoints, load
-from megatron_urlvr.run_dir import RunDir, write_json, write_text
+from megatron_urlvr.run.folder import RunDir, write_json, write_text
 
 from .scoring import Scorer, scorable
 

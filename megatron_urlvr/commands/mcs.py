@@ -26,7 +26,7 @@ from megatron_urlvr.analysis.runs import RunError, RunRecord, load_run
 from megatron_urlvr.analysis.study import plan_study, run_study
 from megatron_urlvr.config.mcs import SUPERVISED, McsConfig
 from megatron_urlvr.exit_codes import ExitCode, UnusableInput
-from megatron_urlvr.run_dir import RunDir, write_bytes, write_json
+from megatron_urlvr.run.folder import RunDir, write_bytes, write_json
 
 ALL_DEFINITIONS = (*DEFINITIONS, LABEL_FREE)
 Runs = dict[tuple[str, str, int | None], RunRecord]

@@ -19,7 +19,7 @@ from megatron_urlvr.exit_codes import UnusableInput
 from megatron_urlvr.rollout.announcements import Announcement, read_announcements
 from megatron_urlvr.rollout.client import ServerClient
 from megatron_urlvr.rollout.faults import Fault
-from megatron_urlvr.run_dir import RunDir
+from megatron_urlvr.run.folder import RunDir
 
 COLUMNS = ("server", "pool", "url", "state", "weights", "started", "torch", "nccl")
 PIPE_WIDTH = 400

@@ -15,7 +15,7 @@ from rich.text import Text
 from megatron_urlvr.analysis.curves import Summary
 from megatron_urlvr.analysis.runs import RunError, RunRecord, load_run, reward_text
 from megatron_urlvr.exit_codes import UnusableInput
-from megatron_urlvr.run_dir import RunDir
+from megatron_urlvr.run.folder import RunDir
 
 COLUMNS = ("run", "reward", "seed", "steps", "set", "start", "peak", "end", "verdict", "state")
 PIPE_WIDTH = 400

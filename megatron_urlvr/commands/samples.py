@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_urlvr.analysis.runs import load_run
 from megatron_urlvr.config.errors import did_you_mean
 from megatron_urlvr.exit_codes import UnusableInput
-from megatron_urlvr.run_dir import RunDir
+from megatron_urlvr.run.folder import RunDir
 from megatron_urlvr.types import Group
 
 SORTS = ("index", "reward", "length", "correct")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_urlvr.assembly import Parts
 from megatron_urlvr.config.errors import did_you_mean
 from megatron_urlvr.exit_codes import UnusableInput
+from megatron_urlvr.loop.assembly import Parts
 from megatron_urlvr.policy.batch import Row
 from megatron_urlvr.rewards.base import ANSWER, Reward
 from megatron_urlvr.rewards.registry import available, get_reward

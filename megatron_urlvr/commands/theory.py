@@ -22,7 +22,7 @@ from megatron_urlvr.analysis.sharpening import (
     winner_probabilities,
 )
 from megatron_urlvr.exit_codes import UnusableInput
-from megatron_urlvr.run_dir import write_bytes, write_json
+from megatron_urlvr.run.folder import write_bytes, write_json
 
 PATHS = 4000
 """Simulated paths of sampled votes."""

@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..layout import broadcast_json, gather_json
+from ..distributed.layout import broadcast_json, gather_json
 from .hf.families import rope_theta, shape_of
 from .model import PolicyModel, whole_name
 from .optimizer import PolicyOptimizer

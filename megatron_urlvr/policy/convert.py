@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from ..distributed.layout import gather_json
 from ..exit_codes import UnusableInput
-from ..layout import gather_json
 from .checkpoint import index_problem
 from .hf.families import TRANSFORMER_ENGINE_NAMES, family_of, rules_for, shape_of
 from .hf.folder import INDEX, SINGLE, TOKENIZER_FILES, TensorFolder, read_config, write_tensors

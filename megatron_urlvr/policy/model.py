@@ -20,7 +20,7 @@ from urlvr_kernels import TokenStats as KernelStats
 from urlvr_kernels import lm_head_stats
 
 from ..config.parallel import ParallelSection
-from ..layout import Layout
+from ..distributed.layout import Layout
 from .attention import PackedAttention, PackedRotaryEmbedding, PackedSequence
 from .hf.families import Family, experts_of, rope_frequencies, rope_theta, shape_of
 

@@ -24,7 +24,7 @@ from ..algorithms.losses import LossInputs
 from ..config.model import ModelSection
 from ..config.optim import OptimSection
 from ..config.parallel import ParallelSection
-from ..layout import Layout, broadcast_json
+from ..distributed.layout import Layout, broadcast_json
 from ..types import TokenStats
 from .attention import PackedSequence
 from .batch import PackedBatch, Row, pack, plan_microbatches

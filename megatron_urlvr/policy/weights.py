@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..layout import Layout
+from ..distributed.layout import Layout
 from .hf.families import TRANSFORMER_ENGINE_NAMES, Family, rules_for, shape_of
 from .hf.folder import TensorFolder
 from .hf.rules import Rule, Shape, expected_shape, join_shards, take_shard

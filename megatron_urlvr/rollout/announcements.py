@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..config.addresses import address_problem
-from ..run_dir import write_json
+from ..run.folder import write_json
 
 ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import zstandard
 
-from ..run_dir import step_name, sync_folder
+from ..run.folder import step_name, sync_folder
 from ..types import Group
 from .records import group_from_record, group_to_record
 

@@ -30,7 +30,7 @@ from ..config.root import Config
 from ..config.servers import POLICY, PoolSection, ServersSection
 from ..exit_codes import ExitCode, UnusableInput
 from ..rewards.combine import build_terms
-from ..run_dir import RunDir
+from ..run.folder import RunDir
 from ..types import STATISTICS
 from .announcements import Announcement, announce, withdraw
 from .client import ServerClient

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from megatron_urlvr import cli
-from megatron_urlvr.run_dir import RunDir
+from megatron_urlvr.run.folder import RunDir
 
 TASK = {"task": "chain_sum", "settings": {"digits": 3}}
 PRETRAIN = {

@@ -16,10 +16,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 from small_runs import Command, assert_same_run, checkpoints, rows, status
 
-from megatron_urlvr import batching, run_files, train
+from megatron_urlvr import train
+from megatron_urlvr.loop import batching
 from megatron_urlvr.policy import checkpoint
 from megatron_urlvr.policy.checkpoint import _sha256
 from megatron_urlvr.rollout.records import group_from_record, read_records
+from megatron_urlvr.run import files as run_files
 
 # -- a loss that is not finite ----------------------------------------------------------------------------------------
 

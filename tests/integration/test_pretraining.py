@@ -48,7 +48,7 @@ def test_the_same_config_gives_the_same_bits_and_another_seed_others(urlvr, file
 def test_two_at_a_time_do_not_disturb_each_other(urlvr, file, tmp_path, monkeypatch):
     from megatron_urlvr.config.loader import load_config
     from megatron_urlvr.config.pretrain import PretrainConfig
-    from megatron_urlvr.run_dir import RunLocked
+    from megatron_urlvr.run.folder import RunLocked
 
     refusals = []
     original = pretrain.Pretraining.take_snapshots

@@ -15,14 +15,14 @@ import pytest
 from conftest import REWARDS
 from supervised import ROOT, Served
 
-from megatron_urlvr.assembly import build
 from megatron_urlvr.config.loader import load_config
 from megatron_urlvr.config.root import Config
-from megatron_urlvr.exchange import hand_over
-from megatron_urlvr.interrupts import Interrupts
-from megatron_urlvr.layout import start
+from megatron_urlvr.distributed.exchange import hand_over
+from megatron_urlvr.distributed.layout import start
+from megatron_urlvr.loop.assembly import build
 from megatron_urlvr.policy.batch import Row
-from megatron_urlvr.run_files import RunFiles
+from megatron_urlvr.run.files import RunFiles
+from megatron_urlvr.run.interrupts import Interrupts
 from megatron_urlvr.train import Trainer
 from megatron_urlvr.train import main as train
 from megatron_urlvr.types import Group, Sampling

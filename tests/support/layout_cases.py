@@ -18,8 +18,6 @@ from tiny_models import FAMILIES, random_rows, write_family, write_qwen2
 
 from megatron_urlvr.algorithms.advantages import get_advantage
 from megatron_urlvr.algorithms.direct import build_objective
-from megatron_urlvr.assembly import Parts, build
-from megatron_urlvr.batching import mini_batches, reward_groups, score_groups, training_rows
 from megatron_urlvr.config.algorithm import DirectSection, KLSection, LossName, RLSCSection
 from megatron_urlvr.config.model import ModelSection
 from megatron_urlvr.config.optim import OptimSection
@@ -29,8 +27,10 @@ from megatron_urlvr.data.labels import LabelStore
 from megatron_urlvr.data.sources import load_source
 from megatron_urlvr.data.stream import PromptStream
 from megatron_urlvr.data.tokenizer import load_tokenizer
-from megatron_urlvr.exchange import my_share
-from megatron_urlvr.layout import Layout, joined
+from megatron_urlvr.distributed.exchange import my_share
+from megatron_urlvr.distributed.layout import Layout, joined
+from megatron_urlvr.loop.assembly import Parts, build
+from megatron_urlvr.loop.batching import mini_batches, reward_groups, score_groups, training_rows
 from megatron_urlvr.policy import checkpoint
 from megatron_urlvr.policy.batch import Row, plan_microbatches
 from megatron_urlvr.policy.policy import Policy

@@ -11,7 +11,7 @@ import torch
 
 from ...config.optim import OptimSection
 from ...config.parallel import ParallelSection
-from ...layout import Layout
+from ...distributed.layout import Layout
 from ...policy.hf.families import Family, rules_for, shape_of
 from ...policy.hf.rules import expected_shape
 from ...policy.model import build_chunks, parameters_of

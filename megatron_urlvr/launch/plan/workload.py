@@ -38,7 +38,7 @@ class Workload:
 
 def workload_of(config: Config, assumptions: Assumptions) -> Workload:
     """The work of one training step under `config`."""
-    from ...off_policy import scored_by_trainer, updates_per_step, wants_own
+    from ...loop.off_policy import scored_by_trainer, updates_per_step, wants_own
     from ...rewards import build_terms
 
     rollout, kl = config.rollout, config.algorithm.kl

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ...config.parallel import ParallelSection
-from ...layout import Layout
+from ...distributed.layout import Layout
 from ...policy import model as policy_model
 
 META = torch.device("meta")

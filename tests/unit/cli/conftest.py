@@ -14,7 +14,7 @@ import torch
 from megatron_urlvr import cli
 from megatron_urlvr.config.loader import load_config
 from megatron_urlvr.rollout.records import group_to_record, write_records
-from megatron_urlvr.run_dir import RunDir
+from megatron_urlvr.run.folder import RunDir
 from megatron_urlvr.types import Group, Prompt, Sample, TokenStats
 
 CONFIG = """

@@ -8,9 +8,9 @@ from tiny_models import write_qwen2
 
 from megatron_urlvr.config.model import ModelSection
 from megatron_urlvr.config.parallel import ParallelSection
+from megatron_urlvr.distributed.layout import joined
 from megatron_urlvr.launch.plan.memory import kept_per_token, layer_activations
 from megatron_urlvr.launch.plan.shards import PlannedPolicy
-from megatron_urlvr.layout import joined
 from megatron_urlvr.policy.attention import PackedSequence
 from megatron_urlvr.policy.batch import Row, pack
 from megatron_urlvr.policy.hf.families import family_of

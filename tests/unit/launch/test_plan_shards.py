@@ -9,6 +9,7 @@ from tiny_models import write_qwen2
 from megatron_urlvr.config.model import ModelSection
 from megatron_urlvr.config.optim import OptimSection
 from megatron_urlvr.config.parallel import ParallelSection
+from megatron_urlvr.distributed.layout import joined
 from megatron_urlvr.launch.plan.shards import (
     PlannedPolicy,
     Shard,
@@ -19,7 +20,6 @@ from megatron_urlvr.launch.plan.shards import (
     storage_bytes,
     stream_of,
 )
-from megatron_urlvr.layout import joined
 from megatron_urlvr.policy.hf.families import family_of
 from megatron_urlvr.policy.hf.folder import read_config
 from megatron_urlvr.policy.policy import Policy

@@ -10,7 +10,7 @@ from tiny_models import write_qwen2
 
 from megatron_urlvr.config.model import ModelSection
 from megatron_urlvr.config.parallel import ParallelSection
-from megatron_urlvr.layout import Layout, joined
+from megatron_urlvr.distributed.layout import Layout, joined
 from megatron_urlvr.policy.policy import Policy
 
 MakePolicy = Callable[..., Policy]

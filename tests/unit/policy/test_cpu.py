@@ -17,7 +17,7 @@ from test_checkpoint import train
 
 from megatron_urlvr.config.optim import OptimSection
 from megatron_urlvr.config.parallel import ParallelSection
-from megatron_urlvr.layout import start
+from megatron_urlvr.distributed.layout import start
 from megatron_urlvr.policy import checkpoint, cpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Megatron sees the real torch where there is CUDA")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_urlvr.exchange import in_order, my_share
-from megatron_urlvr.layout import Layout
+from megatron_urlvr.distributed.exchange import in_order, my_share
+from megatron_urlvr.distributed.layout import Layout
 
 
 def shares(items: list[int], layout: Layout, dp: int) -> list[list[int]]:

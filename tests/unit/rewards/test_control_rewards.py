@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
+from megatron_urlvr.loop.signals import permuted
 from megatron_urlvr.rewards import MissingSignalError, get_reward
-from megatron_urlvr.signals import permuted
 
 
 def make(name, seed=0, **options):

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from megatron_urlvr.agreement import agreed
-from megatron_urlvr.exchange import hand_over
+from megatron_urlvr.distributed.agreement import agreed
+from megatron_urlvr.distributed.exchange import hand_over
 from megatron_urlvr.exit_codes import UnusableInput
 from megatron_urlvr.rollout.faults import Abandoned, RolloutFailed
 

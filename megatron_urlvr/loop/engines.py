@@ -8,19 +8,19 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .config.checks import SERVER_MARGIN
-from .config.root import Config
-from .data.tokenizer import load_tokenizer, stop_ids
-from .policy.hf.folder import read_config
-from .policy.policy import Policy
-from .rollout.dispatch import Model
-from .rollout.embedded import EmbeddedEngine
-from .rollout.engine import RolloutEngine
-from .rollout.frozen import FrozenServers
-from .rollout.replay import ReplayEngine
-from .rollout.sglang import SGLangEngine
-from .rollout.supervisor import server_statistics
-from .run_dir import RunDir
+from ..config.checks import SERVER_MARGIN
+from ..config.root import Config
+from ..data.tokenizer import load_tokenizer, stop_ids
+from ..policy.hf.folder import read_config
+from ..policy.policy import Policy
+from ..rollout.dispatch import Model
+from ..rollout.embedded import EmbeddedEngine
+from ..rollout.engine import RolloutEngine
+from ..rollout.frozen import FrozenServers
+from ..rollout.replay import ReplayEngine
+from ..rollout.sglang import SGLangEngine
+from ..rollout.supervisor import server_statistics
+from ..run.folder import RunDir
 from .signals import ModelRespondent
 
 

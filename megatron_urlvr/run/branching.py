@@ -9,11 +9,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from .config.errors import ConfigError
-from .config.loader import load_config
-from .config.root import Config
-from .exit_codes import UnusableInput
-from .run_dir import RunDir, write_bytes
+from ..config.errors import ConfigError
+from ..config.loader import load_config
+from ..config.root import Config
+from ..exit_codes import UnusableInput
+from .folder import RunDir, write_bytes
 from .step_lines import StepLines
 
 

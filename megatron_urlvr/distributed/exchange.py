@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ..monitor.audit import Sums, merge
+from ..rollout.engine import RolloutEngine
+from ..rollout.records import group_from_record, group_to_record
+from ..types import Group
 from .agreement import agreed
 from .layout import Layout, broadcast_json, gather_json
-from .monitor.audit import Sums, merge
-from .rollout.engine import RolloutEngine
-from .rollout.records import group_from_record, group_to_record
-from .types import Group
 
 T = TypeVar("T")
 

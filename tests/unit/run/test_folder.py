@@ -13,21 +13,21 @@ from pathlib import Path
 
 import pytest
 
-from megatron_urlvr import run_dir as module
 from megatron_urlvr.exit_codes import ExitCode, UnusableInput
-from megatron_urlvr.provenance import hash_files, source
-from megatron_urlvr.run_dir import RunDir, RunLocked, write_json
+from megatron_urlvr.run import folder as module
+from megatron_urlvr.run.folder import RunDir, RunLocked, write_json
+from megatron_urlvr.run.provenance import hash_files, source
 
 HOLD = textwrap.dedent("""
     import sys
-    from megatron_urlvr.run_dir import RunDir
+    from megatron_urlvr.run.folder import RunDir
     with RunDir(sys.argv[1]).lock():
         print("held", flush=True)
         sys.stdin.read()
 """)
 TRY = textwrap.dedent("""
     import sys
-    from megatron_urlvr.run_dir import RunDir, RunLocked
+    from megatron_urlvr.run.folder import RunDir, RunLocked
     try:
         with RunDir(sys.argv[1]).lock():
             print("held")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_urlvr.exit_codes import UnusableInput
-from megatron_urlvr.step_lines import StepLines
+from megatron_urlvr.run.step_lines import StepLines
 
 
 @pytest.fixture

@@ -10,36 +10,36 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .agreement import agreed
-from .algorithms.advantages import Advantage, get_advantage
-from .algorithms.direct import DirectLoss, build_objective
-from .algorithms.losses import PolicyLoss
-from .config.checks import check
-from .config.errors import ConfigError
-from .config.eval import EvalSet
-from .config.root import Config
-from .data.grading.annotate import annotate
-from .data.grading.grader import Grader
-from .data.labels import LabelStore
-from .data.sources import PromptSet, load_source
-from .data.stream import PromptStream
-from .data.tokenizer import load_tokenizer
+from ..algorithms.advantages import Advantage, get_advantage
+from ..algorithms.direct import DirectLoss, build_objective
+from ..algorithms.losses import PolicyLoss
+from ..config.checks import check
+from ..config.errors import ConfigError
+from ..config.eval import EvalSet
+from ..config.root import Config
+from ..data.grading.annotate import annotate
+from ..data.grading.grader import Grader
+from ..data.labels import LabelStore
+from ..data.sources import PromptSet, load_source
+from ..data.stream import PromptStream
+from ..data.tokenizer import load_tokenizer
+from ..distributed.agreement import agreed
+from ..distributed.exchange import gather_from_leaders, share_groups
+from ..distributed.layout import Layout, broadcast_json
+from ..exit_codes import UnusableInput
+from ..monitor.alarms import Alarms
+from ..policy.hf.folder import read_config
+from ..policy.policy import Policy
+from ..rewards.base import PERMUTED_LABEL
+from ..rewards.combine import Combined, build_terms
+from ..rewards.providers import Checker, Respondent, Weights, get_provider
+from ..rollout.early import EarlyVotes
+from ..rollout.engine import RolloutEngine
+from ..rollout.filters import Filter, get_filter
+from ..rollout.sglang import SGLangEngine
+from ..types import Group, Prompt, Sampling
 from .engines import build_engine, decoder, embedded_engine, frozen_servers, positions, real_vocab
-from .exchange import gather_from_leaders, share_groups
-from .exit_codes import UnusableInput
-from .layout import Layout, broadcast_json
-from .monitor.alarms import Alarms
-from .policy.hf.folder import read_config
-from .policy.policy import Policy
-from .rewards.base import PERMUTED_LABEL
-from .rewards.combine import Combined, build_terms
-from .rewards.providers import Checker, Respondent, Weights, get_provider
-from .rollout.early import EarlyVotes
-from .rollout.engine import RolloutEngine
-from .rollout.filters import Filter, get_filter
-from .rollout.sglang import SGLangEngine
 from .signals import ModelRespondent, Signals, permuted
-from .types import Group, Prompt, Sampling
 
 
 @dataclass

@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config.monitor import CollapseSection
-from .exchange import gather_from_leaders
-from .layout import Layout, broadcast_json
-from .monitor.audit import merge, rates
-from .monitor.collapse import CollapseDetector
-from .monitor.collapse_signals import MajorityMemory, across_prompts, group_answers, repetition_sums
-from .policy import checkpoint
-from .policy.policy import Policy
-from .types import Group
+from ..config.monitor import CollapseSection
+from ..distributed.exchange import gather_from_leaders
+from ..distributed.layout import Layout, broadcast_json
+from ..monitor.audit import merge, rates
+from ..monitor.collapse import CollapseDetector
+from ..monitor.collapse_signals import MajorityMemory, across_prompts, group_answers, repetition_sums
+from ..policy import checkpoint
+from ..policy.policy import Policy
+from ..types import Group
 
 
 class Collapsed(Exception):  # noqa: N818 - an ending that was asked for, not an error

@@ -11,21 +11,21 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from .analysis.runs import flatten
+from ..analysis.runs import flatten
+from ..config.loader import load_config
+from ..config.root import Config
+from ..distributed.exchange import gather_from_leaders
+from ..distributed.layout import Layout, broadcast_json
+from ..exit_codes import ExitCode, UnusableInput
+from ..monitor.writers import Writers, build_writers
+from ..policy import checkpoint
+from ..policy.policy import Policy
+from ..rollout.ledger import Ledger
+from ..rollout.records import group_to_record, write_records
+from ..types import Group
 from .branching import branch
-from .config.loader import load_config
-from .config.root import Config
-from .exchange import gather_from_leaders
-from .exit_codes import ExitCode, UnusableInput
-from .layout import Layout, broadcast_json
-from .monitor.writers import Writers, build_writers
-from .policy import checkpoint
-from .policy.policy import Policy
-from .rollout.ledger import Ledger
-from .rollout.records import group_to_record, write_records
-from .run_dir import RunDir, State, write_json, write_text
+from .folder import RunDir, State, write_json, write_text
 from .step_lines import StepLines
-from .types import Group
 
 CHANGEABLE = (
     "run.steps",

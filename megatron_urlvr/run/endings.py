@@ -6,17 +6,17 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .collapse_watch import Collapsed
-from .exit_codes import DISK_FULL, ExitCode, UnusableInput
+from ..exit_codes import DISK_FULL, ExitCode, UnusableInput
+from ..loop.collapse_watch import Collapsed
+from ..policy.checkpoint import CheckpointError
+from ..policy.optimizer import NonFiniteError
+from ..rewards.base import NonFiniteScoreError
+from ..rollout.faults import Abandoned, RolloutFailed
+from .folder import State
 from .interrupts import Preempted
-from .policy.checkpoint import CheckpointError
-from .policy.optimizer import NonFiniteError
-from .rewards.base import NonFiniteScoreError
-from .rollout.faults import Abandoned, RolloutFailed
-from .run_dir import State
 
 if TYPE_CHECKING:
-    from .train import Trainer
+    from ..train import Trainer
 
 
 @dataclass(frozen=True)

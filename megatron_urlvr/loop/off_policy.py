@@ -11,14 +11,14 @@ from dataclasses import asdict, replace
 
 import torch
 
-from .algorithms.corrections import Mismatch, log_ratios, mismatch, weight_totals, weights
+from ..algorithms.corrections import Mismatch, log_ratios, mismatch, weight_totals, weights
+from ..config.root import Config
+from ..distributed.exchange import gather_from_leaders, merge_sums
+from ..distributed.layout import Layout
+from ..monitor.audit import Sums, merge, rates
+from ..policy.batch import Row
+from ..types import STATISTICS, Group, Sample, TokenStats, samples_of
 from .assembly import Parts
-from .config.root import Config
-from .exchange import gather_from_leaders, merge_sums
-from .layout import Layout
-from .monitor.audit import Sums, merge, rates
-from .policy.batch import Row
-from .types import STATISTICS, Group, Sample, TokenStats, samples_of
 
 MAXIMA = ("mismatch/reward_max_diff", "rollout/stats_max_diff")
 """Metrics of which replicas' largest counts."""

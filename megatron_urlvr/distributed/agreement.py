@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .exit_codes import UnusableInput
+from ..exit_codes import UnusableInput
+from ..rollout.faults import Abandoned, RolloutFailed
 from .layout import Layout, gather_json
-from .rollout.faults import Abandoned, RolloutFailed
 
 KINDS: tuple[type[Exception], ...] = (RolloutFailed, Abandoned, UnusableInput)
 

@@ -87,7 +87,7 @@ def meet(
 def _open_store(path: Path, host: str, world: int, timeout: datetime.timedelta) -> dist.Store:
     import torch.distributed as dist
 
-    from .run_dir import write_json
+    from ..run.folder import write_json
 
     store = dist.TCPStore(host, 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .exit_codes import UnusableInput
-from .run_dir import write_bytes
+from ..exit_codes import UnusableInput
+from .folder import write_bytes
 
 
 class StepLines:

@@ -14,11 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-from .exit_codes import UnusableInput
+from ..exit_codes import UnusableInput
 from .provenance import provenance
 
 if TYPE_CHECKING:
-    from .config.base import Section
+    from ..config.base import Section
 
 State = Literal["running", "done", "preempted", "failed", "stopped"]
 
@@ -183,7 +183,7 @@ class RunDir:
 
     def write_config(self, config: Section) -> None:
         """Replace `config.yaml` by the resolved config, which `load_config` reads back to an equal one."""
-        from .config.loader import to_yaml  # late, so that reading a run folder does not import OmegaConf
+        from ..config.loader import to_yaml  # late, so that reading a run folder does not import OmegaConf
 
         write_text(self.config, to_yaml(config))
 

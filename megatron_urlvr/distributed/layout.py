@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .config.parallel import ParallelSection
-from .exit_codes import UnusableInput
-from .policy import cpu
+from ..config.parallel import ParallelSection
+from ..exit_codes import UnusableInput
+from ..policy import cpu
 from .ranks import meet, must_meet
 
 CONTROL_TIMEOUT = datetime.timedelta(minutes=30)

@@ -16,18 +16,18 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .agreement import agreed
-from .data.grading.grader import Grader
-from .data.grading.locate import tokens_at
-from .data.tokenizer import bare_tokens, chat_text
-from .exchange import hand_over
-from .layout import Layout, broadcast_json
-from .policy.policy import Policy
-from .rewards.providers import Checker, Provider, ProviderContext, Respondent, Weights, fill
-from .rewards.spans import ANSWER_END, ANSWER_START, SPAN_SIGNALS
-from .rollout.engine import RolloutEngine
-from .rollout.records import pack_floats, unpack_floats
-from .types import Group, Prompt, Sampling
+from ..data.grading.grader import Grader
+from ..data.grading.locate import tokens_at
+from ..data.tokenizer import bare_tokens, chat_text
+from ..distributed.agreement import agreed
+from ..distributed.exchange import hand_over
+from ..distributed.layout import Layout, broadcast_json
+from ..policy.policy import Policy
+from ..rewards.providers import Checker, Provider, ProviderContext, Respondent, Weights, fill
+from ..rewards.spans import ANSWER_END, ANSWER_START, SPAN_SIGNALS
+from ..rollout.engine import RolloutEngine
+from ..rollout.records import pack_floats, unpack_floats
+from ..types import Group, Prompt, Sampling
 
 
 @dataclass

@@ -15,13 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..config.root import Config
+from ..distributed.exchange import derive_seed, largest, my_share
+from ..monitor.audit import Sums
+from ..rollout.engine import RolloutEngine
+from ..rollout.ledger import Ledger
+from ..types import Group, Prompt, Sampling, samples_of
 from .assembly import Parts
-from .config.root import Config
-from .exchange import derive_seed, largest, my_share
-from .monitor.audit import Sums
-from .rollout.engine import RolloutEngine
-from .rollout.ledger import Ledger
-from .types import Group, Prompt, Sampling, samples_of
 
 
 @dataclass

@@ -7,23 +7,23 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from .algorithms.advantages import entropy_scaled
-from .algorithms.covariance import held_tokens
-from .algorithms.kl import k3, reward_penalty
-from .algorithms.losses import token_weights
+from ..algorithms.advantages import entropy_scaled
+from ..algorithms.covariance import held_tokens
+from ..algorithms.kl import k3, reward_penalty
+from ..algorithms.losses import token_weights
+from ..config.algorithm import KLCovSection
+from ..config.root import Config
+from ..distributed.exchange import any_rank, derive_seed, gather_from_leaders, merge_sums
+from ..distributed.layout import Layout
+from ..monitor.audit import Sums
+from ..policy.batch import Row
+from ..rewards.base import LABEL, PERMUTED_LABEL, NonFiniteScoreError
+from ..rewards.combine import RewardResult
+from ..rollout.choice import choose
+from ..rollout.filters import select
+from ..types import STATISTICS, Group, Sample
 from .assembly import Parts
-from .config.algorithm import KLCovSection
-from .config.root import Config
-from .exchange import any_rank, derive_seed, gather_from_leaders, merge_sums
-from .layout import Layout
-from .monitor.audit import Sums
 from .off_policy import behaviour_logp, own_logp, prepare, wants_own
-from .policy.batch import Row
-from .rewards.base import LABEL, PERMUTED_LABEL, NonFiniteScoreError
-from .rewards.combine import RewardResult
-from .rollout.choice import choose
-from .rollout.filters import select
-from .types import STATISTICS, Group, Sample
 
 
 def score_groups(config: Config, parts: Parts, groups: Sequence[Group], *, trained: bool = False) -> None:

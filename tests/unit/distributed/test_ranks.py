@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_urlvr.ranks import RankMissing, adopt_srun, meet, must_meet
+from megatron_urlvr.distributed.ranks import RankMissing, adopt_srun, meet, must_meet
 
 STEP = {
     "SLURM_JOB_ID": "17",

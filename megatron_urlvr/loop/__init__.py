@@ -1,0 +1,1 @@
+"""What a training step is made of, around the policy: engines, prompts ahead, signals, batches."""
