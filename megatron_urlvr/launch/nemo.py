@@ -38,53 +38,46 @@ class Recipe:
     """Settings laid over it: `key=value`."""
 
 
-@run.cli.factory
-@run.autoconvert
-def quickstart() -> Recipe:
-    """The small policy that learns from its own certainty, on CPUs."""
-    return Recipe("configs/quickstart.yaml")
+RECIPES = {
+    "quickstart": ("configs/quickstart.yaml", "The small policy that learns from its own certainty, on CPUs."),
+    "quickstart_sglang": (
+        "configs/quickstart_sglang.yaml",
+        "The same with rollouts from SGLang servers: give it a rollout executor.",
+    ),
+    "paper_majority_vote": (
+        "configs/recipes/paper/majority_vote.yaml",
+        "Majority voting on Qwen3-1.7B-Base and DAPO-17k.",
+    ),
+    "ttrl": ("configs/recipes/ttrl.yaml", "Test-time training with 64 votes, 32 of them trained on."),
+    "qwen25_32b_4nodes": (
+        "configs/recipes/qwen2.5-32b_4nodes.yaml",
+        "Qwen2.5-32B on two nodes that train and two that serve.",
+    ),
+    "qwen25_72b_16nodes": (
+        "configs/recipes/qwen2.5-72b_16nodes.yaml",
+        "Qwen2.5-72B on eight nodes that train and eight that serve.",
+    ),
+    "llama31_70b_16nodes": (
+        "configs/recipes/llama-3.1-70b_16nodes.yaml",
+        "Llama-3.1-70B on eight nodes that train and eight that serve.",
+    ),
+}
+"""Recipes that NeMo-Run's command line knows by name: their configs, and what its help says of them."""
 
 
-@run.cli.factory
-@run.autoconvert
-def quickstart_sglang() -> Recipe:
-    """The same with rollouts from SGLang servers: give it a rollout executor."""
-    return Recipe("configs/quickstart_sglang.yaml")
+def _register(name: str, config: str, about: str) -> None:
+    """Make `recipe=<name>` stand for `config`."""
+
+    def recipe() -> run.Config[Recipe]:
+        return run.Config(Recipe, config=config)
+
+    recipe.__name__ = recipe.__qualname__ = name
+    recipe.__doc__ = about
+    run.cli.factory(recipe)
 
 
-@run.cli.factory
-@run.autoconvert
-def paper_majority_vote() -> Recipe:
-    """Majority voting on Qwen3-1.7B-Base and DAPO-17k."""
-    return Recipe("configs/recipes/paper/majority_vote.yaml")
-
-
-@run.cli.factory
-@run.autoconvert
-def ttrl() -> Recipe:
-    """Test-time training with 64 votes, 32 of them trained on."""
-    return Recipe("configs/recipes/ttrl.yaml")
-
-
-@run.cli.factory
-@run.autoconvert
-def qwen25_32b_4nodes() -> Recipe:
-    """Qwen2.5-32B on two nodes that train and two that serve."""
-    return Recipe("configs/recipes/qwen2.5-32b_4nodes.yaml")
-
-
-@run.cli.factory
-@run.autoconvert
-def qwen25_72b_16nodes() -> Recipe:
-    """Qwen2.5-72B on eight nodes that train and eight that serve."""
-    return Recipe("configs/recipes/qwen2.5-72b_16nodes.yaml")
-
-
-@run.cli.factory
-@run.autoconvert
-def llama31_70b_16nodes() -> Recipe:
-    """Llama-3.1-70B on eight nodes that train and eight that serve."""
-    return Recipe("configs/recipes/llama-3.1-70b_16nodes.yaml")
+for _name, (_config, _about) in RECIPES.items():
+    _register(_name, _config, _about)
 
 
 @run.cli.factory

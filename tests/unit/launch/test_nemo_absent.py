@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 
 def test_every_recipe_names_a_config_that_exists():
     source = (ROOT / "megatron_urlvr" / "launch" / "nemo.py").read_text(encoding="utf-8")
-    configs = re.findall(r'Recipe\("(.+?)"\)', source)
+    configs = re.findall(r'"(configs/.+?)"', source)
     assert len(configs) >= 5
     assert [name for name in configs if not (ROOT / name).exists()] == []
 
