@@ -15,6 +15,8 @@ from megatron_urlvr.monitor.console import Headlines
 from .scheduler import Job, Outcome, last_line
 
 PLAIN_INTERVAL_S = 15.0
+PROGRESS = r"\bstep \d+[:/]"
+"""In a log, lines of progress name their step; warnings and other programs' bars do not."""
 _BAR_TEXT = 60
 """Most characters of a log line beside a bar."""
 
@@ -56,9 +58,10 @@ class _Tails:
         self._tails: dict[str, Tail] = {}
 
     def text(self, job: Job) -> tuple[int, str]:
-        """(step, what to show) of a job: headline metrics, or the last line of a log that has none."""
+        """(step, what to show) of a job: headline metrics, or where there are none the last line of progress in its
+        log."""
         if job.metrics is None:
-            return 0, last_line(job.log)
+            return 0, last_line(job.log, PROGRESS)
         tail = self._tails.setdefault(job.name, Tail(job.metrics))
         tail.read()
         return tail.step, str(tail.headlines)

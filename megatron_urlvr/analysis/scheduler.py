@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -218,12 +219,17 @@ def _reason(job: Job, code: int) -> str:
     return f"{how}: {last}" if last else how
 
 
-def last_line(log: Path) -> str:
-    """The last line of the newest attempt in `log` that says anything; empty when there is none."""
+def last_line(log: Path, pattern: str = "") -> str:
+    """The last line of the newest attempt in `log` that says anything, and has `pattern` in it; empty when there is
+    none."""
     if not log.is_file():
         return ""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 8192))
         lines = file.read().decode("utf-8", errors="replace").splitlines()
-    said = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return "" if said.startswith("$ ") else said
+    for line in map(str.strip, reversed(lines)):
+        if line.startswith("$ "):
+            break
+        if line and re.search(pattern, line):
+            return line
+    return ""

@@ -37,6 +37,20 @@ def jobs(tmp_path):
     return base, Job("weak", ("x",), tmp_path / "weak.log", steps=9, metrics=tmp_path / "metrics.jsonl")
 
 
+def test_warnings_and_bars_of_a_log_are_no_progress(tmp_path):
+    base, _ = jobs(tmp_path)
+    with base.log.open("a") as log:
+        log.write("x.py:3: UserWarning: old\n  return func(*args, **kwargs)\nWriting model shards: 100%|###| 1/1\r")
+    now, written = [0.0], []
+    watcher = PlainWatcher(written.append, interval_s=10, clock=lambda: now[0])
+    for more in ("", "$ urlvr pretrain again\n  return func(*args, **kwargs)\n"):
+        now[0] += 10
+        with base.log.open("a") as log:
+            log.write(more)
+        watcher.tick([base])
+    assert written == ["pretrain/base  pretraining step 100: loss 1.2", "pretrain/base runs"]
+
+
 def test_plain_lines_tell_starts_ends_and_now_and_then_where_each_job_stands(tmp_path):
     now, written = [0.0], []
     base, run = jobs(tmp_path)
