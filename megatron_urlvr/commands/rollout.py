@@ -27,6 +27,8 @@ PIPE_WIDTH = 400
 
 def print_status(folder: Path) -> None:
     """Print a table of the servers announced in a run's folder. UnusableInput when it is none, or has none."""
+    if not folder.is_dir():
+        raise UnusableInput(f"there is no folder {folder}: give that of a run.")
     run = RunDir(folder)
     settings = load_config(run.config, []).servers if run.config.exists() else ServersSection()
     found, problems = read_announcements(run.servers, settings.hosts)

@@ -74,6 +74,8 @@ def _sorted(shown: Sequence[Shown], key: str, *, descending: bool) -> list[Shown
 def _read(run: Path, step: int | None) -> tuple[str, int, list[Shown]]:
     """(`rollouts` or `probes`, the step, its samples)."""
     folder = RunDir(run)
+    if not folder.config.is_file():
+        raise UnusableInput(f"{run} is no run folder: it has no {folder.config.name}.")
     recorded, probed = _steps(folder.rollouts(0).parent), _steps(folder.samples(0).parent)
     kept = sorted({*recorded, *probed})
     if not kept:
@@ -108,9 +110,9 @@ def _probes(run: Path, step: int) -> list[Shown]:
 
 
 def _rollouts(folder: RunDir, step: int) -> list[Shown]:
-    from megatron_urlvr.rollout.records import group_from_record, read_records
+    from megatron_urlvr.rollout.records import read_groups
 
-    groups = [group_from_record(record) for record in read_records(folder.rollouts(step))]
+    groups = read_groups(folder.rollouts(step))
     rewards = _rewards(folder, groups)
     return [
         Shown(

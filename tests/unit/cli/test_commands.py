@@ -232,9 +232,18 @@ def test_samples_that_are_not_there_are_said_not_to_be(urlvr, run, arguments, sa
 
 
 def test_a_run_without_samples_says_how_to_keep_some(urlvr, tmp_path):
+    (tmp_path / "config.yaml").write_text("run: {name: small}\n")
     outcome = urlvr("samples", tmp_path)
     assert outcome.code == 2
     assert "rollout.record=true" in outcome.err
+
+
+@pytest.mark.parametrize("command", [("samples",), ("report",), ("rollout", "status")])
+def test_a_folder_that_is_no_runs_is_said_to_be_none(urlvr, tmp_path, command):
+    outcome = urlvr(*command, tmp_path / "none")
+    assert outcome.code == 2
+    assert f"{tmp_path / 'none'}" in outcome.err
+    assert "folder" in outcome.err
 
 
 def test_doctor_says_what_there_is_and_what_follows(urlvr):
