@@ -35,10 +35,10 @@ from torch.distributed.checkpoint.metadata import (
 
 from ..distributed.layout import gather_json
 from ..exit_codes import UnusableInput
-from .checkpoint import index_problem
 from .hf.families import TRANSFORMER_ENGINE_NAMES, family_of, rules_for, shape_of
 from .hf.folder import INDEX, SINGLE, TOKENIZER_FILES, TensorFolder, read_config, write_tensors
 from .hf.rules import Rule, Shape, expected_shape
+from .integrity import index_problem
 
 METADATA = ".metadata"
 _PLACES = re.compile(r"(?<=layers\.)(\d+)\.|(?<=local_experts\.)(\d+)\.")

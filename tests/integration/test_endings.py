@@ -19,7 +19,7 @@ from small_runs import Command, assert_same_run, checkpoints, rows, status
 from megatron_urlvr import train
 from megatron_urlvr.loop import batching
 from megatron_urlvr.policy import checkpoint
-from megatron_urlvr.policy.checkpoint import _sha256
+from megatron_urlvr.policy.integrity import FORMAT, sha256, verify
 from megatron_urlvr.rollout.records import group_from_record, read_records
 from megatron_urlvr.run import files as run_files
 
@@ -158,13 +158,13 @@ def test_a_checkpoint_of_something_else_is_refused(urlvr, config, run_of_four):
     for content, complaint in (
         ("{}", "has no readable manifest.json"),
         ("[]", "has no readable manifest.json"),
-        (json.dumps({**good, "format": 99}), f"format 99, this program reads {checkpoint.FORMAT}"),
+        (json.dumps({**good, "format": 99}), f"format 99, this program reads {FORMAT}"),
         (json.dumps({**good, "model": {**good["model"], "hidden_size": 8192}}), "another model (hidden_size"),
     ):
         manifest.write_text(content)
-        assert complaint in checkpoint.verify(manifest.parent, good["model"])
+        assert complaint in verify(manifest.parent, good["model"])
     manifest.write_text(json.dumps(good))
-    assert checkpoint.verify(manifest.parent, good["model"]) == ""
+    assert verify(manifest.parent, good["model"]) == ""
 
 
 def test_an_index_that_would_call_something_is_refused_and_calls_nothing(urlvr, config, run_of_four, tmp_path):
@@ -176,7 +176,7 @@ def test_an_index_that_would_call_something_is_refused_and_calls_nothing(urlvr, 
     (folder / ".metadata").write_bytes(pickle.dumps({"state_dict_metadata": Trap()}))
     manifest = json.loads((folder / "manifest.json").read_text())
     size = (folder / ".metadata").stat().st_size
-    manifest["files"][".metadata"] = {"bytes": size, "sha256": _sha256(folder / ".metadata")}
+    manifest["files"][".metadata"] = {"bytes": size, "sha256": sha256(folder / ".metadata")}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     outcome = urlvr("train", config)
     assert outcome.code == 0

@@ -296,7 +296,7 @@ def test_an_object_among_the_tensors_that_would_run_code_is_not_loaded(make, tmp
     marker = tmp_path / "marker"
     policy = make()
     train(policy, 1)
-    original = checkpoint._sharded_state
+    original = checkpoint.sharded_state
 
     def hostile(*args, **kwargs):
         state = original(*args, **kwargs)
@@ -305,7 +305,7 @@ def test_an_object_among_the_tensors_that_would_run_code_is_not_loaded(make, tmp
         return state
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_sharded_state", hostile)
+        patch.setattr(checkpoint, "sharded_state", hostile)
         path = checkpoint.save(policy, tmp_path, 1, {}, keep=1)
     assert not marker.exists()
     with pytest.raises(CheckpointError, match="cannot be read safely"):
@@ -359,9 +359,9 @@ def test_no_space_left_at_any_later_moment_leaves_the_old_checkpoints(make, copi
         if place == "rename":
             patch.setattr(os, "replace", full)
         elif place == "random state":
-            patch.setattr(checkpoint, "save_file", full)
+            patch.setattr(checkpoint, "save_rng", full)
         elif place == "manifest":
-            patch.setattr(checkpoint, "_write_manifest", full)
+            patch.setattr(checkpoint, "write_manifest", full)
         else:
             write = Path.write_text
             patch.setattr(

@@ -18,7 +18,9 @@ from test_checkpoint import train
 from megatron_urlvr.config.optim import OptimSection
 from megatron_urlvr.config.parallel import ParallelSection
 from megatron_urlvr.distributed.layout import start
-from megatron_urlvr.policy import checkpoint, cpu
+from megatron_urlvr.policy import checkpoint, cpu, optimizer_faults
+from megatron_urlvr.policy.contents import METADATA
+from megatron_urlvr.policy.optimizer_faults import patch_distributed_optimizer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Megatron sees the real torch where there is CUDA")
 SECTION = OptimSection(lr=1e-2)
@@ -226,9 +228,7 @@ def test_the_default_sharding_of_a_distributed_optimizer_cannot_be_saved(make_po
     policy = make_policy(optim=SECTION, parallel={"distributed_optimizer": True})
     train(policy, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            checkpoint, "_metadata", lambda policy: {"distrib_optim_sharding_type": "fully_sharded_model_space"}
-        )
+        patch.setitem(METADATA, "distrib_optim_sharding_type", "fully_sharded_model_space")
         with pytest.raises(checkpoint.CheckpointError, match="flattened_range"):
             checkpoint.save(policy, tmp_path, 1, {}, keep=1)
 
@@ -241,7 +241,7 @@ def test_a_distributed_optimizers_step_count_is_not_loaded(make_policy, monkeypa
     optimizer = type(policy.optimizer.parts[0])
     patched = optimizer._set_main_param_and_optimizer_states
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_patch_step_load", lambda optimizer_class: None)
+        patch.setattr(optimizer_faults, "_patch_step_load", lambda optimizer_class: None)
         patch.setattr(
             optimizer, "_set_main_param_and_optimizer_states", inspect.getclosurevars(patched).nonlocals["original"]
         )
@@ -252,7 +252,7 @@ def test_a_distributed_optimizers_step_count_is_not_loaded(make_policy, monkeypa
 def test_states_gathered_for_a_checkpoint_leave_out_the_padding_of_buckets(make_policy):
     policy = make_policy(optim=SECTION, parallel={"distributed_optimizer": True})
     train(policy, 1)
-    checkpoint._patch_distributed_optimizer(policy.optimizer)
+    patch_distributed_optimizer(policy.optimizer)
     part = policy.optimizer.parts[0]
     patched = type(part).get_parameter_state_dp_zero
     theirs = inspect.getclosurevars(patched).nonlocals["original"](part, use_gloo_comm=True)

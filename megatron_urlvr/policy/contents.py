@@ -1,0 +1,104 @@
+"""What a checkpoint holds: the sharded state of a policy, and each rank's random states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from safetensors.torch import load_file, save_file
+
+from .hf.families import rope_theta, shape_of
+from .model import PolicyModel, whole_name
+from .optimizer_faults import patch_distributed_optimizer
+from .policy import Policy
+
+# 0.16.1's default for a distributed optimizer, fully_sharded_model_space, cannot be saved ("flattened_range").
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def fingerprint(policy: Policy) -> dict[str, Any]:
+    """What a checkpoint and the policy that loads it must have in common."""
+    keys = ("architectures", "num_hidden_layers", "tie_word_embeddings", "rms_norm_eps")
+    return {
+        **{key: policy.hf.get(key) for key in keys},
+        **vars(shape_of(policy.hf, tp=1)),
+        "rope_theta": rope_theta(policy.hf),
+        "dtype": str(policy.dtype),
+        "optimizer": None if policy.optimizer is None else ("distributed" if policy.optimizer.distributed else "plain"),
+        "ema": policy.ema is not None,
+    }
+
+
+def sizes(policy: Policy) -> list[int]:
+    """The layout: tp, pp, chunks a rank, dp."""
+    layout = policy.layout
+    return [layout.tp, layout.pp, len(policy.chunks), layout.dp]
+
+
+def sharded_state(policy: Policy, *, loading: bool = False) -> dict[str, Any]:
+    """Weights, optimizer and moving average of this rank, in Megatron's sharded form. Collective.
+
+    `loading`: it is to be filled from a checkpoint.
+    """
+    state: dict[str, Any] = _model_state(policy)
+    if policy.optimizer is not None and policy.optimizer.stepped:  # before the first step there are no moments
+        patch_distributed_optimizer(policy.optimizer)
+        state["optimizer"] = policy.optimizer.megatron.sharded_state_dict(
+            _model_state(policy), is_loading=loading, metadata=dict(METADATA)
+        )
+    if policy.ema is not None:
+        state["ema"] = {}
+        for chunk in policy.chunks:
+            state["ema"] |= _with_tensors(chunk, policy.ema.tensors)
+    return state
+
+
+def _model_state(policy: Policy) -> dict[str, Any]:
+    return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
+
+
+def _with_tensors(chunk: PolicyModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """A chunk's sharded state that stores `tensors` (by name in the whole model) under keys of its own."""
+    out = {}
+    for local, entry in chunk.sharded_state_dict().items():
+        name = whole_name(chunk, local)
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and name in tensors:
+            entry.key = f"ema.{entry.key}"
+            entry.data = tensors[name]
+            if isinstance(entry, ShardedTensor):
+                entry.dtype = torch.float32
+            out[name] = entry
+    return out
+
+
+# -- random state -----------------------------------------------------------------------------------------------------
+
+
+def _rng_file(folder: Path, rank: int) -> Path:
+    return folder / f"rng_rank{rank:05d}.safetensors"
+
+
+def save_rng(folder: Path, rank: int) -> None:
+    """Write this rank's random states."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    states = {"torch": torch.get_rng_state()}
+    states |= {f"tracker.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    save_file({name: state.cpu().clone() for name, state in states.items()}, _rng_file(folder, rank))
+
+
+def load_rng(folder: Path, rank: int) -> None:
+    """Restore the random states of this rank."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    states = load_file(_rng_file(folder, rank))
+    torch.set_rng_state(states["torch"])
+    tracked = {name.removeprefix("tracker."): s for name, s in states.items() if name.startswith("tracker.")}
+    get_cuda_rng_tracker().set_states(tracked)
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
