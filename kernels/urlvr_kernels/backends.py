@@ -45,8 +45,7 @@ def _triton_ops(on_gpu: bool) -> Ops:
     if not on_gpu and not is_interpreted():
         raise ValueError(
             "backend: 'triton' needs tensors on a GPU (on a CPU only under TRITON_INTERPRET=1, set before Python "
-            "starts); "
-            "choose 'torch' or 'auto'."
+            "starts); choose 'torch' or 'auto'."
         )
     return TritonOps()
 

@@ -93,8 +93,7 @@ def check_head(hidden: torch.Tensor, weight: torch.Tensor, wgrad: str, stash_byt
         _require(
             isinstance(main, torch.Tensor) and main.shape == weight.shape and main.is_contiguous(),
             "wgrad: 'main_grad', but the weight has no contiguous `main_grad` of its shape; wrap the model in "
-            "Megatron's "
-            "DDP with gradient accumulation fusion, or choose 'autograd'.",
+            "Megatron's DDP with gradient accumulation fusion, or choose 'autograd'.",
         )
         _require(
             not hasattr(weight, "__fsdp_param__"),

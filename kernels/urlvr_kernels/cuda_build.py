@@ -62,8 +62,7 @@ def build(arches: Sequence[str]) -> Path:
     if nvcc is None:
         raise CudaBuildError(
             "backend: 'cuda' needs nvcc to build its kernels, and none was found in CUDA_HOME, the PATH or "
-            "/usr/local/cuda; "
-            "install the CUDA toolkit, or choose 'triton'."
+            "/usr/local/cuda; install the CUDA toolkit, or choose 'triton'."
         )
     files = sources()
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout

@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 from .call import HeadCall
 from .device import on_cpu
 from .gradients import announce_main_grad
-from .passes import Stash, backward_pass, forward_pass, one_pass, vocabulary
+from .one_pass import one_pass
+from .passes import Stash, backward_pass, forward_pass, vocabulary
 from .rowstate import slopes, statistics
 from .stats import DIFFERENTIABLE
 
@@ -85,15 +86,13 @@ class _OnePass(torch.autograd.Function):
         if any(g is not None for g in grads):
             raise RuntimeError(
                 "upstream: with `upstream` given, only `stats.loss` carries a gradient, because the gradients were "
-                "computed "
-                "in the forward pass; build the loss from `stats.loss` alone, or leave `upstream` out."
+                "computed in the forward pass; build the loss from `stats.loss` alone, or leave `upstream` out."
             )
         if grad_loss is None:
             return None, None, None
         message = (
             "upstream: the gradient that reaches `stats.loss` must be exactly 1, because the gradients were computed "
-            "in the "
-            "forward pass; put every factor (loss scale, 1/N) into `upstream`, or leave `upstream` out."
+            "in the forward pass; put every factor (loss scale, 1/N) into `upstream`, or leave `upstream` out."
         )
         if not on_cpu(grad_loss):
             torch._assert_async((grad_loss == 1).all(), message)

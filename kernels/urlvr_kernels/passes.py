@@ -1,4 +1,4 @@
-"""The loops of the head: forward over tiles, backward over tiles, and both at once.
+"""The loops of the head: forward over tiles, and backward over tiles. Both at once: `one_pass`.
 
 Logits exist one tile at a time. The forward keeps the log-sum-exp and the entropy of each row, and as many tiles of
 logits as the stash budget holds; the backward recomputes the others:
@@ -20,8 +20,8 @@ from .call import HeadCall, cut, logit_scale, read_rows
 from .device import on_cpu, wide_dtype
 from .gemm import logits_of
 from .gradients import HiddenGrad, WeightGrad
-from .rowstate import COUNT, FIELDS, Slopes, empty_state, slopes, statistics
-from .tiling import Tiling, row_pitch, tile_head, tile_one_pass
+from .rowstate import COUNT, FIELDS, Slopes, empty_state
+from .tiling import Tiling, row_pitch, tile_head
 
 Vocab = int | torch.Tensor
 
@@ -70,7 +70,7 @@ class Workspace:
         return _tile_view(self._flat[offset:], rows.stop - rows.start, columns.stop - columns.start)
 
 
-def _parts(chunks: list[slice], rows: int, like: torch.Tensor, call: HeadCall) -> torch.Tensor:
+def room_for_states(chunks: list[slice], rows: int, like: torch.Tensor, call: HeadCall) -> torch.Tensor:
     """Room for the states of a block's chunks, `[n, 8, rows]`."""
     wide = wide_dtype(like.dtype)
     if not chunks:  # a shard of padding alone
@@ -115,14 +115,14 @@ def forward_pass(
     chunks = tiling.chunks(call.valid)
     states = []
     for block in tiling.blocks(rows.shape[0]):
-        parts = _parts(chunks, block.stop - block.start, rows, call)
+        parts = room_for_states(chunks, block.stop - block.start, rows, call)
         for part, columns in zip(parts, chunks, strict=False):
             chunk_weight = weight[columns].to(rows.dtype)
             for tile in tiling.tiles(block):
                 kept = stash.room(tile, columns, rows, call.logits_dtype)
                 logits = work.tile(tile, columns) if kept is None else kept
                 logits_of(rows[tile], chunk_weight, logits)
-                _row_state(call, logits, part[:, _inside(tile, block)], tile, columns, scale, consume=kept is None)
+                state_of_tile(call, logits, part[:, inside(tile, block)], tile, columns, scale, consume=kept is None)
         states.append(call.ops.merge(parts, call.wanted))
     state = (
         states[0] if len(states) == 1 else torch.cat(states, 1) if states else empty_state(0, 0, like=rows, dtype=wide)
@@ -141,10 +141,10 @@ def backward_pass(
     """Gradients of hidden and weight (`need`: which of them), tiles taken from the stash or computed again."""
     count = gradient.lse.shape[0]
     tiling = _two_pass_tiling(count, call, hidden, transient=False)
-    sums = _Sums(hidden, weight, call, count, tiling, need)
+    sums = Sums(hidden, weight, call, count, tiling, need)
     rows = read_rows(hidden, call, sums.room)
     work = Workspace(tiling.tile_rows, tiling.chunk, rows, call.logits_dtype)
-    slope_room = _slope_room(work, rows, call)
+    slope_room = room_for_dlogits(work, rows, call)
     scale = logit_scale(hidden, call)
     for block in tiling.blocks(count):
         for columns in tiling.chunks(call.valid):
@@ -155,56 +155,13 @@ def backward_pass(
                     logits = work.tile(tile, columns)
                     logits_of(rows[tile], chunk_weight, logits)
                 out = slope_room.tile(tile, columns)
-                _dlogits(call, logits, out, gradient.rows(tile), tile, columns, scale)
+                dlogits_of_tile(call, logits, out, gradient.rows(tile), tile, columns, scale)
                 sums.add(block, tile, columns, out, chunk_weight, rows[tile])
         sums.end_block(block)
     return sums.finish()
 
 
-def one_pass(
-    hidden: torch.Tensor, weight: torch.Tensor, call: HeadCall, need: tuple[bool, bool]
-) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
-    """Statistics, and gradients of `sum upstream[k] * k`, in one pass over blocks of whole rows of logits."""
-    assert call.upstream is not None
-    count = _row_count(hidden, call)
-    tiling = _one_pass_tiling(count, call, hidden)
-    sums = _Sums(hidden, weight, call, count, tiling, need)
-    rows = read_rows(hidden, call, sums.room)
-    work = Workspace(tiling.block_rows, call.valid, rows, call.logits_dtype)
-    slope_room = _slope_room(work, rows, call)
-    scale = logit_scale(hidden, call)
-    chunks = tiling.chunks(call.valid)
-    found: list[dict[str, torch.Tensor]] = []
-    for block in tiling.blocks(count):
-        parts = _parts(chunks, block.stop - block.start, rows, call)
-        for part, columns in zip(parts, chunks, strict=False):
-            chunk_weight = weight[columns].to(rows.dtype)
-            for tile in tiling.tiles(block):
-                logits = work.tile(tile, columns, _place(block, tile, columns, rows.device))
-                logits_of(rows[tile], chunk_weight, logits)
-                _row_state(call, logits, part[:, _inside(tile, block)], tile, columns, scale, consume=False)
-        shard = call.ops.merge(parts, call.wanted)
-        state = call.ops.merge(call.tp.gather_states(shard), call.wanted)
-        lse, entropy, values = statistics(state, call.outputs, vocabulary(call, state))
-        found.append(values)
-        upstream = {name: value[block] for name, value in call.upstream.items()}
-        gradient = slopes(lse, entropy, upstream, vocabulary(call, state))
-        for columns in chunks:
-            chunk_weight = weight[columns].to(rows.dtype)
-            for tile in tiling.tiles(block):
-                logits = work.tile(tile, columns, _place(block, tile, columns, rows.device))
-                out = slope_room.tile(tile, columns, _place(block, tile, columns, rows.device))
-                _dlogits(call, logits, out, gradient.rows(_inside(tile, block)), tile, columns, scale)
-                sums.add(block, tile, columns, out, chunk_weight, rows[tile])
-        sums.end_block(block)
-    if not found:
-        empty = empty_state(call.valid, 0, like=rows, dtype=wide_dtype(hidden.dtype))
-        found.append(statistics(empty, call.outputs, vocabulary(call, empty))[2])
-    whole = found[0] if len(found) == 1 else {name: torch.cat([part[name] for part in found]) for name in found[0]}
-    return whole, *sums.finish()
-
-
-class _Sums:
+class Sums:
     """The two gradients while they are being summed."""
 
     def __init__(
@@ -247,7 +204,7 @@ class _Sums:
         return None if self._hidden is None else self._hidden.finish(), weight
 
 
-def _row_state(
+def state_of_tile(
     call: HeadCall,
     logits: torch.Tensor,
     state: torch.Tensor,
@@ -264,12 +221,12 @@ def _row_state(
         target=None if call.target is None else call.target[tile],
         first=call.first + columns.start,
         inv_tau=cut(scale, tile),
-        whole=_whole(call, columns),
+        whole=is_whole(call, columns),
         consume=consume,
     )
 
 
-def _dlogits(
+def dlogits_of_tile(
     call: HeadCall,
     logits: torch.Tensor,
     out: torch.Tensor,
@@ -285,43 +242,22 @@ def _dlogits(
         target=None if call.target is None else call.target[tile],
         first=call.first + columns.start,
         inv_tau=cut(scale, tile),
-        whole=_whole(call, columns),
+        whole=is_whole(call, columns),
     )
 
 
-def _whole(call: HeadCall, columns: slice) -> bool:
+def is_whole(call: HeadCall, columns: slice) -> bool:
     """Whether every row's target is known to be among these columns."""
     return call.tp.group is None and call.ignored is None and columns.stop - columns.start == call.valid
 
 
-def _inside(tile: slice, block: slice) -> slice:
+def inside(tile: slice, block: slice) -> slice:
     """The rows of `tile` counted from the start of `block`."""
     return slice(tile.start - block.start, tile.stop - block.start)
 
 
-def _place(block: slice, tile: slice, columns: slice, device: torch.device) -> int:
-    """Where a tile begins in a buffer of a block's whole rows: chunk after chunk, tile after tile."""
-    pitch = row_pitch(columns.stop - columns.start, device)
-    return (block.stop - block.start) * columns.start + (tile.start - block.start) * pitch
-
-
-def _slope_room(work: Workspace, rows: torch.Tensor, call: HeadCall) -> Workspace:
+def room_for_dlogits(work: Workspace, rows: torch.Tensor, call: HeadCall) -> Workspace:
     """Where dlogits go: over the logits, except where a GPU's GEMMs want them narrower than the logits."""
     if not on_cpu(rows) and rows.dtype != call.logits_dtype:
         return Workspace(work.rows, work.columns, rows, rows.dtype)
     return work
-
-
-def _row_count(hidden: torch.Tensor, call: HeadCall) -> int:
-    if call.row_index is not None:
-        return call.row_index.shape[0]
-    return hidden.shape[0] * (call.tp.size if call.sequence_parallel else 1)
-
-
-def _one_pass_tiling(count: int, call: HeadCall, like: torch.Tensor) -> Tiling:
-    """Blocks have a collective each: their size is made of what all ranks know alike."""
-    agreed = call.valid if call.tp.group is None else -(-(call.vocab_size or 0) // call.tp.size)
-    size = call.logits_dtype.itemsize
-    # Each block adds to all of dW: a GPU, whose memory traffic that is, uses the stash's budget for larger blocks.
-    budget = call.workspace_bytes if on_cpu(like) else max(call.workspace_bytes, call.stash_bytes)
-    return tile_one_pass(count, agreed, itemsize=size, device=like.device, workspace_bytes=budget)

@@ -6,7 +6,7 @@ A backend is these two operations; everything else (tiling, GEMMs, tensor parall
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -17,6 +17,8 @@ from .rowstate import ARGMAX, CENTRED, MAX, SECOND, SPREAD, SUM, TARGET, Slopes,
 CPU_BAND_BYTES = 1 << 20
 """Logits that one sequence of elementwise operations goes through: they and their exponentials stay in a core's L2
 cache (2 MB on current servers)."""
+CPU_JOINED_BAND_BYTES = CPU_BAND_BYTES // 2
+"""The same where state and gradient are made in one go, which reads both more often."""
 
 
 class TorchOps:
@@ -90,6 +92,50 @@ class TorchOps:
                 room=room,
             )
 
+    def row_state_and_dlogits(
+        self,
+        logits: torch.Tensor,
+        out: torch.Tensor,
+        state: torch.Tensor,
+        wanted: Wanted,
+        slopes_of: Callable[[torch.Tensor, slice], Slopes],
+        *,
+        target: torch.Tensor | None,
+        first: int,
+        inv_tau: torch.Tensor | float | None,
+        whole: bool = False,
+    ) -> None:
+        """`row_state` and `dlogits` of rows whose logits are all here, while a band of them is in the cache.
+
+        Each exponential is used for both. `logits` is overwritten, and may be `out`. `slopes_of(state, rows)` gives the
+        slopes of some rows from their state `[8, r]`.
+        """
+        room = _Room(state.dtype)
+        for band in _bands(logits, CPU_JOINED_BAND_BYTES):
+            local = None if target is None else target[band]
+            scale = cut(inv_tau, band)
+            d, e = self._row_state(
+                logits[band],
+                state[:, band],
+                wanted,
+                target=local,
+                first=first,
+                inv_tau=scale,
+                whole=whole,
+                consume=True,
+                masked=False,
+                room=room,
+                keep=True,
+            )
+            slopes, total = slopes_of(state[:, band], band), state[SUM, band].unsqueeze(1)
+            alpha = slopes.alpha.unsqueeze(1)
+            if slopes.beta is None:
+                dz = torch.mul(e, alpha / total, out=out[band] if out.dtype == e.dtype else e)
+            else:  # z - lse = d - log total
+                beta = slopes.beta.unsqueeze(1)
+                dz = d.mul_(beta / total).add_((alpha - beta * total.log()) / total).mul_(e)
+            self._finish(dz, out[band], slopes, target=local, first=first, inv_tau=scale, whole=whole)
+
     def _row_state(
         self,
         logits: torch.Tensor,
@@ -103,7 +149,9 @@ class TorchOps:
         consume: bool,
         masked: bool,
         room: _Room,
-    ) -> None:
+        keep: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes a band's state. `keep`: returns z - m and its exponential; else what is returned means nothing."""
         z = _scaled(logits, state.dtype, inv_tau)
         where = None
         if wanted.argmax or wanted.second:
@@ -124,18 +172,21 @@ class TorchOps:
                 torch.where(here, d.gather(1, local).squeeze(1), _scalar(-math.inf, d), out=state[TARGET])
         if wanted.spread:
             torch.sum(d, 1, out=state[SPREAD])
-        if not wanted.centred and where is None:
+        if not keep and not wanted.centred and where is None:
             torch.sum(d.exp_(), 1, out=state[SUM])
-            return
+            return d, d
         e = torch.exp(d, out=room.like(d, 1))
         torch.sum(e, 1, out=state[SUM])
         if wanted.centred:
             if masked:  # -inf * 0 would be NaN; x exp(x) tends to 0
                 d.clamp_(min=torch.finfo(d.dtype).min)
-            torch.sum(e.mul_(d), 1, out=state[CENTRED])
+            product = torch.mul(e, d, out=room.like(d, 2)) if keep else e.mul_(d)
+            torch.sum(product, 1, out=state[CENTRED])
         if wanted.second:
             assert where is not None
-            state[SECOND] = top + d.scatter_(1, where.unsqueeze(1), -math.inf).amax(1)
+            others = d.clone() if keep else d
+            state[SECOND] = top + others.scatter_(1, where.unsqueeze(1), -math.inf).amax(1)
+        return d, e
 
     def _dlogits(
         self,
@@ -163,6 +214,20 @@ class TorchOps:
             if masked:
                 q.clamp_(min=torch.finfo(q.dtype).min / 1024)
             dz = q.mul_(slopes.beta.unsqueeze(1)).add_(slopes.alpha.unsqueeze(1)).mul_(p)
+        self._finish(dz, out, slopes, target=target, first=first, inv_tau=inv_tau, whole=whole)
+
+    @staticmethod
+    def _finish(
+        dz: torch.Tensor,
+        out: torch.Tensor,
+        slopes: Slopes,
+        *,
+        target: torch.Tensor | None,
+        first: int,
+        inv_tau: torch.Tensor | float | None,
+        whole: bool,
+    ) -> None:
+        """The label, the uniform part and the temperature: from `dz` into `out`."""
         if slopes.label is not None:
             assert target is not None
             if whole:
@@ -196,12 +261,12 @@ class _Room:
         return self._flat[which][: band.numel()].view(band.shape)
 
 
-def _bands(logits: torch.Tensor) -> Iterator[slice]:
+def _bands(logits: torch.Tensor, limit: int = CPU_BAND_BYTES) -> Iterator[slice]:
     """Slices of rows that stay in the cache; all of them at once where there is no such thing to mind."""
     rows, columns = logits.shape
     band = rows
     if on_cpu(logits):
-        band = min(rows, max(1, CPU_BAND_BYTES // (max(columns, 1) * max(logits.itemsize, 4))))
+        band = min(rows, max(1, limit // (max(columns, 1) * max(logits.itemsize, 4))))
     for start in range(0, rows, max(band, 1)):
         yield slice(start, min(start + band, rows))
 

@@ -14,7 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from urlvr_kernels import OUTPUTS, api, lm_head_stats, logits_stats
 from urlvr_kernels.head import head_statistics
-from urlvr_kernels.passes import backward_pass, forward_pass, one_pass, vocabulary
+from urlvr_kernels.one_pass import one_pass
+from urlvr_kernels.passes import backward_pass, forward_pass, vocabulary
 from urlvr_kernels.rowstate import slopes, statistics
 
 MIB = 1 << 20
