@@ -47,7 +47,7 @@ class TorchOps:
         (grammar masks).
         """
         room = _Room(state.dtype)
-        for band in _bands(logits):
+        for band in _bands(logits, CPU_BAND_BYTES):
             self._row_state(
                 logits[band],
                 state[:, band],
@@ -79,7 +79,7 @@ class TorchOps:
         probability nothing would be left after the subtraction.
         """
         room = _Room(slopes.lse.dtype)
-        for band in _bands(logits):
+        for band in _bands(logits, CPU_BAND_BYTES):
             self._dlogits(
                 logits[band],
                 out[band],
@@ -261,8 +261,8 @@ class _Room:
         return self._flat[which][: band.numel()].view(band.shape)
 
 
-def _bands(logits: torch.Tensor, limit: int = CPU_BAND_BYTES) -> Iterator[slice]:
-    """Slices of rows that stay in the cache; all of them at once where there is no such thing to mind."""
+def _bands(logits: torch.Tensor, limit: int) -> Iterator[slice]:
+    """Slices of rows within `limit` bytes, which a CPU's cache holds; elsewhere all rows at once."""
     rows, columns = logits.shape
     band = rows
     if on_cpu(logits):

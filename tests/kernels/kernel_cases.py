@@ -46,6 +46,7 @@ def small_tiles(elements: int, rows: int) -> Iterator[None]:
     with (
         mock.patch.multiple(tiling, CPU_TILE_BYTES=max(elements * 4, 4096), CPU_TILE_ROWS=rows),
         mock.patch.object(torch_ops, "CPU_BAND_BYTES", elements * 4 // 3),
+        mock.patch.object(torch_ops, "CPU_JOINED_BAND_BYTES", elements * 4 // 3),
     ):
         yield
 
