@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from .algorithms.losses import LossInputs
-from .analysis.estimators import NO_ANSWER, avg_at_n, maj_at_n, parse_rate
+from .analysis.estimators import NO_ANSWER, avg_at_n, balanced_accuracy, maj_at_n, parse_rate
 from .config.model import ModelSection
 from .config.parallel import ParallelSection
 from .config.pretrain import ArchitectureSection, PretrainConfig, Snapshot
@@ -41,6 +41,8 @@ from .types import Group, Prompt, Sampling, TokenStats
 SUMMARY = "pretraining.json"
 MOST_PROMPTS = 60_000
 """Demonstrations are drawn anew each time, so that more prompts than this change nothing."""
+JUDGED = 4
+"""Responses to each held-out prompt that a base taught to judge is asked about."""
 
 
 def base_dir(config: PretrainConfig) -> Path:
@@ -61,11 +63,15 @@ class Measured:
     maj_at_16: float
     greedy: float
     parse_rate: float
+    judge: float | None = None
+    """Balanced accuracy of its own verdicts on its own responses, greedy; None where the task teaches none, or where
+    no response is right, or none is wrong."""
 
     def __str__(self) -> str:
+        judge = "" if self.judge is None else f", judge {self.judge:.3f}"
         return (
             f"step {self.step}: avg@16 {self.avg_at_16:.3f}, maj@16 {self.maj_at_16:.3f}, greedy {self.greedy:.3f},"
-            f" parse rate {self.parse_rate:.3f}"
+            f" parse rate {self.parse_rate:.3f}{judge}"
         )
 
 
@@ -128,7 +134,7 @@ class Pretraining:
         self.engine = embedded_engine(start_folder, self.policy, self.tokenizer, max_batch=4096)
         self.grader = self.task.grader()
         held_out = self.task.prompts(config.data.held_out, seed=0, split="held_out")
-        self.held_out = [(self._prompt(i, prompt), prompt.label or "") for i, prompt in enumerate(held_out)]
+        self.held_out = [(self._prompt(i, p.text, p.fields), p.label or "") for i, p in enumerate(held_out)]
         self.pending = dict(config.snapshots)
         self.saved: dict[str, dict[str, object]] = {}
         self.above: dict[str, int] = {}
@@ -201,7 +207,7 @@ class Pretraining:
         print(f"saved {target}  {measured}{note}", flush=True)
 
     def measure(self, step: int) -> Measured:
-        """avg@16, maj@16, greedy accuracy and parse rate on the held-out prompts."""
+        """avg@16, maj@16, greedy accuracy, parse rate and judge's accuracy on the held-out prompts."""
         hand_over(self.policy.export(), self.engine, self.policy.layout, version=step)
         longest = self.config.data.max_new_tokens
         seed = derive_seed(self.config.run.seed, "measure")
@@ -214,7 +220,22 @@ class Pretraining:
             maj_at_16=float(maj_at_n(classes, right).mean()),
             greedy=float(avg_at_n(greedy).mean()),
             parse_rate=float(parse_rate(classes).mean()),
+            judge=self._judge(sampled, right),
         )
+
+    def _judge(self, sampled: list[Group], right: list[list[bool]]) -> float | None:
+        """Balanced accuracy of the policy's verdicts on the first JUDGED samples of each prompt."""
+        prompts, truths = list[Prompt](), list[bool]()
+        for group, truth in zip(sampled, right, strict=True):
+            for sample in group.samples[:JUDGED]:
+                if (text := self.task.judge_text(group.prompt, sample.text)) is not None:
+                    prompts.append(self._prompt(len(prompts), text, {}))
+                    truths.append(truth[sample.index])
+        said = [
+            self.task.verdict(group.samples[0].text)
+            for group in self.engine.generate(prompts, Sampling(1, self.config.data.max_new_tokens, 0.0))
+        ]
+        return balanced_accuracy(said, truths) if said else None
 
     def _sample(self, sampling: Sampling) -> tuple[list[Group], list[list[bool]]]:
         groups = list(self.engine.generate([prompt for prompt, _ in self.held_out], sampling))
@@ -225,14 +246,13 @@ class Pretraining:
         ]
         return groups, right
 
-    def _prompt(self, index: int, prompt: TaskPrompt) -> Prompt:
-        tokens = self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
-        return Prompt(f"held_out/{index}", prompt.text, tuple(tokens), prompt.fields)
+    def _prompt(self, index: int, text: str, fields: dict[str, object]) -> Prompt:
+        tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return Prompt(f"held_out/{index}", text, tuple(tokens), fields)
 
     def _row(self, prompt: TaskPrompt, rng: random.Random) -> Row:
-        """A prompt and one demonstration, cut at the longest response."""
-        response = self.task.demonstration(prompt, rng)
-        ids = self.tokenizer([prompt.text, response], add_special_tokens=False)["input_ids"]
+        """One of the task's examples, cut at the longest response."""
+        ids = self.tokenizer([*self.task.example(prompt, rng)], add_special_tokens=False)["input_ids"]
         return Row(tuple(ids[0]), ids[1][: self.config.data.max_new_tokens])
 
     def _write_start(self, folder: Path) -> int:

@@ -17,6 +17,7 @@ from megatron_urlvr.algorithms.ranking import auroc
 __all__ = [
     "auroc",
     "avg_at_n",
+    "balanced_accuracy",
     "maj_at_k",
     "maj_at_n",
     "mean_and_se",
@@ -93,6 +94,19 @@ def pass_at_k(correct: ArrayLike, k: int) -> Floats:
 def parse_rate(classes: ArrayLike) -> Floats:
     """Share of samples of each problem from which an answer could be parsed."""
     return (_table("classes", classes) != NO_ANSWER).mean(axis=1, dtype=np.float64)
+
+
+def balanced_accuracy(said: Sequence[bool | None], right: Sequence[bool]) -> float | None:
+    """Mean of two shares: right cases that `said` calls right, wrong ones that it calls wrong; None says neither.
+
+    Saying the same of everything makes 0.5. None where no case is right, or none is wrong.
+    """
+    shares = [
+        float(np.mean([verdict is truth for verdict, real in zip(said, right, strict=True) if real is truth]))
+        for truth in (True, False)
+        if truth in right
+    ]
+    return sum(shares) / 2 if len(shares) == 2 else None
 
 
 def mean_and_se(values: ArrayLike, *, seed: int, resamples: int = 1000) -> tuple[float, float]:

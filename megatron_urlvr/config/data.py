@@ -102,6 +102,29 @@ class GradingSection(Section):
         )
 
 
+class CountdownColumns(Section):
+    """Countdown problems as the public data sets have them: a target and numbers, without a solution."""
+
+    numbers_field: str = "nums"
+    """Key of the list of numbers."""
+    target_field: str = "target"
+    """Key of the target."""
+    question: str = (
+        "Combine the numbers {numbers} with + - * / and parentheses so that the result is {target}. "
+        "Use every number exactly once."
+    )
+    """What is asked. `{numbers}` and `{target}` are replaced."""
+    separator: str = ", "
+    """Between the numbers of a question."""
+
+    @field_validator("question")
+    @classmethod
+    def _has_slots(cls, value: str) -> str:
+        if absent := [slot for slot in ("{numbers}", "{target}") if slot not in value]:
+            raise ValueError(f"must contain the placeholder {' and '.join(absent)}")
+        return value
+
+
 class TableSource(Section):
     """What every table of prompts has, whatever holds it."""
 
@@ -121,6 +144,9 @@ class TableSource(Section):
     """Text around the prompt under `template: plain`."""
     system: str | None = None
     """System message under `template: chat`."""
+    countdown: CountdownColumns | None = None
+    """The rows are Countdown problems: question and truth come from two columns instead of `prompt_field` and
+    `label_field`, and answers are compared as expressions, whatever `grading.equivalence` says."""
     grading: GradingSection = GradingSection()
     """How answers are read and compared."""
     limit: int | None = Field(default=None, ge=1)

@@ -9,6 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config.data import DatasetSource, JsonlSource, TableSource
 from .columns import dataset_records, parquet_records
+from .countdown_rows import label_of as countdown_label
+from .countdown_rows import question_of, read_problem
 from .errors import DataError
 from .tokenizer import NO_CHAT_TEMPLATE, chat_text
 
@@ -36,8 +38,9 @@ def read_rows(
 ) -> list[Row]:
     """The rows of `source`, at most `source.limit`. Blank lines are passed over.
 
-    `label_of` turns a label as written into the form it is compared in. A prompt's fields hold the bare `question`
-    alone: other columns may give the answer away. DataError names every cause with its line.
+    `label_of` turns a label as written into the form it is compared in. A prompt's fields hold the bare `question`,
+    and of Countdown numbers and target: other columns may give the answer away. DataError names every cause with its
+    line.
     """
     rows: list[Row] = []
     wrong: list[str] = []
@@ -63,7 +66,7 @@ def read_rows(
         raise DataError(f"{what!r} has {len(wrong)} unusable rows: {'; '.join(wrong[:SHOWN])}{more}")
     if not rows:
         raise DataError(f"{what!r} has no rows: one question a row is expected")
-    if source.label_field is not None and source.label_field not in keys:
+    if source.countdown is None and source.label_field is not None and source.label_field not in keys:
         raise DataError(
             f"no row of {what!r} has the label_field {source.label_field!r} (keys: {', '.join(sorted(keys))}): "
             "name the right one, or set label_field to null for data without labels"
@@ -121,13 +124,17 @@ def _row(
     render: Callable[[str], str],
     label_of: Callable[[str], str],
 ) -> Row:
-    question = record.get(source.prompt_field)
-    if question is None:
-        raise _RowError(f"has no prompt (key {source.prompt_field!r}; it has {', '.join(sorted(record)) or 'no keys'})")
-    if not isinstance(question, str):
-        raise _RowError(f"has a {type(question).__name__} under {source.prompt_field!r}; a string is expected")
-    if not question.strip():
-        raise _RowError(f"has an empty prompt (key {source.prompt_field!r})")
+    label: str | None
+    if source.countdown is None:
+        question, known = _question(record, source), {}
+        label = _label(record, source, label_of)
+    else:
+        try:
+            numbers, target = read_problem(record, source.countdown)
+        except ValueError as error:
+            raise _RowError(str(error)) from error
+        question, known = question_of(numbers, target, source.countdown), {"numbers": numbers, "target": target}
+        label = countdown_label(numbers, target)
     identity: object = number
     if source.id_field is not None:
         identity = record.get(source.id_field)
@@ -136,9 +143,21 @@ def _row(
     return Row(
         id=f"{name}/{identity}",
         text=render(question),
-        label=_label(record, source, label_of),
-        fields={"question": question, **_extras(record, source, render)},
+        label=label,
+        fields={"question": question, **known, **_extras(record, source, render)},
     )
+
+
+def _question(record: dict[str, object], source: TableSource) -> str:
+    """The bare question of a row."""
+    question = record.get(source.prompt_field)
+    if question is None:
+        raise _RowError(f"has no prompt (key {source.prompt_field!r}; it has {', '.join(sorted(record)) or 'no keys'})")
+    if not isinstance(question, str):
+        raise _RowError(f"has a {type(question).__name__} under {source.prompt_field!r}; a string is expected")
+    if not question.strip():
+        raise _RowError(f"has an empty prompt (key {source.prompt_field!r})")
+    return question
 
 
 def _extras(record: dict[str, object], source: TableSource, render: Callable[[str], str]) -> dict[str, object]:

@@ -2,20 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from ..config.data import DatasetSource, JsonlSource, TableSource, TaskSource
 from ..types import Prompt
+from .countdown_rows import CountdownFileGrader
 from .errors import DataError
 from .grading.grader import Grader
 from .grading.text import TextGrader
 from .jsonl import Row, read_rows
 from .labels import LabelStore
 from .tasks import Split, Task, TaskPrompt, get_task
+from .tasks.base import Checker
 from .tokenizer import without_end
 
 
@@ -34,6 +36,8 @@ class PromptSet:
     """SHA-256 of texts and labels, in order."""
     task: Task | None
     """The task that made the prompts, if one did."""
+    checkers: Mapping[str, Checker] = field(default_factory=dict)
+    """What the provider `checker` may use, by name."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -56,13 +60,19 @@ def load_source(
     of its own. DataError, in a sentence, for whatever makes the source unusable.
     """
     grader: Grader
-    if isinstance(source, JsonlSource | DatasetSource):
-        task, grader = None, (text_grader := TextGrader(source.grading))
-        rows = read_rows(source, name=name, tokenizer=tokenizer, label_of=text_grader.label)
-    else:
+    task: Task | None = None
+    checkers: Mapping[str, Checker] = {}
+    if isinstance(source, TaskSource):
         task = get_task(source.task, source.settings)
-        grader = task.grader()
+        grader, checkers = task.grader(), task.checkers()
         rows = _task_rows(task, source, name, split, seed)
+    elif source.countdown is not None:
+        grader = CountdownFileGrader(source.grading)
+        checkers = grader.checkers()
+        rows = read_rows(source, name=name, tokenizer=tokenizer, label_of=grader.normalise)
+    else:
+        grader = TextGrader(source.grading)
+        rows = read_rows(source, name=name, tokenizer=tokenizer, label_of=grader.label)
     # A chat template writes the tokens that begin a text itself.
     special = not (isinstance(source, TableSource) and source.template == "chat")
     prompts, dropped = _tokenise(rows, tokenizer, special, max_prompt_tokens, overlong)
@@ -85,6 +95,7 @@ def load_source(
         unlabelled=sum(row.label is None for row in rows if row.id in kept),
         fingerprint=_fingerprint(row for row in rows if row.id in kept),
         task=task,
+        checkers=checkers,
     )
 
 

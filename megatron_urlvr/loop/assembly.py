@@ -269,8 +269,7 @@ def build_signals(
         return sets.get(prompt.id.split("/", 1)[0], sets["train"])
 
     def checkers_of(prompt: Prompt) -> Mapping[str, Checker]:
-        task = set_of(prompt).task
-        return {} if task is None else task.checkers()
+        return set_of(prompt).checkers
 
     def respondent_of(weights: Weights, pool: str) -> Respondent:
         if weights == "servers":

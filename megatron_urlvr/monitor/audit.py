@@ -15,6 +15,7 @@ import torch
 from megatron_urlvr.algorithms.advantages import STD_EPS
 from megatron_urlvr.algorithms.ranking import auroc
 from megatron_urlvr.rewards.combine import RewardResult
+from megatron_urlvr.rewards.judge import JUDGE, UNPARSABLE
 from megatron_urlvr.rewards.voting import Vote, vote_of
 from megatron_urlvr.types import Group
 
@@ -24,6 +25,8 @@ Sums = dict[str, tuple[float, float]]
 ZERO_WITHOUT_CASES = frozenset({"audit/vote/precision", "audit/vote/recall"})
 """0 when nothing was rewarded (right): no answer at all must not look like perfect answers. Other metrics without a
 case are left out."""
+JUDGE_RATES = ("audit/judge/yes_if_right", "audit/judge/no_if_wrong")
+"""Their mean is the judge's balanced accuracy."""
 
 
 def merge(parts: Iterable[Mapping[str, tuple[float, float]]]) -> Sums:
@@ -44,6 +47,8 @@ def rates(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
             out[name] = top / bottom
         elif name in ZERO_WITHOUT_CASES:
             out[name] = 0.0
+    if all(name in out for name in JUDGE_RATES):
+        out["audit/judge/balanced_accuracy"] = sum(out[name] for name in JUDGE_RATES) / len(JUDGE_RATES)
     return out
 
 
@@ -70,6 +75,8 @@ def audit_sums(
     - `audit/top_sample_accuracy`: the sample with the highest proxy is right; k tied ones count 1/k each
     - `audit/auroc`: mean over groups of the chance that the proxy ranks a right sample above a wrong one, ties 1/2;
       `audit/auroc_left_out`: share of groups with only right or only wrong samples, which have no such pair
+    - with a judge, `audit/judge/yes_if_right`: its share of yes over right samples; `audit/judge/no_if_wrong`: of no
+      over wrong ones; no verdict counts against it in both; `audit/judge/balanced_accuracy`: their mean
     """
     parts = []
     for group, reward, right in zip(groups, rewards, correct, strict=True):
@@ -99,7 +106,18 @@ def _audit_group(group: Group, proxy: list[float], right: list[bool]) -> Sums:
         "audit/top_sample_accuracy": (_mean([r for p, r in zip(proxy, right, strict=True) if p == best]), 1.0),
         "audit/auroc": (0.0, 0.0) if ranking is None else (ranking, 1.0),
         "audit/auroc_left_out": (float(ranking is None), 1.0),
+        **_audit_judge(group, right),
     }
+
+
+def _audit_judge(group: Group, right: list[bool]) -> Sums:
+    if JUDGE not in group.signals or UNPARSABLE not in group.signals:
+        return {}
+    yes, none = group.signals[JUDGE].tolist(), group.signals[UNPARSABLE].tolist()
+    granted = [y for y, truth in zip(yes, right, strict=True) if truth]
+    refused = [1.0 - y - u for y, u, truth in zip(yes, none, right, strict=True) if not truth]
+    found = zip(JUDGE_RATES, (granted, refused), strict=True)
+    return {name: (float(sum(values)), float(len(values))) for name, values in found}
 
 
 def _winner_right(group: Group, outcome: Vote, right: list[bool]) -> float:

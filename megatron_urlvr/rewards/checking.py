@@ -46,8 +46,8 @@ class TaskChecker(Provider[CheckerOptions]):
                 yield (
                     f"checker = {self.options.checker!r} is none of {', '.join(known)}, the checkers of this task"
                     if known
-                    else "the provider checker needs prompts from a task, and these are from a file: use unit_tests, "
-                    "or a provider of your own"
+                    else "the provider checker needs prompts from a task, or of Countdown, and these are from a file: "
+                    "use unit_tests, or a provider of your own"
                 )
 
     async def fetch(self, groups: Sequence[Group]) -> None:

@@ -26,7 +26,7 @@ class TextGrader(Grader):
 
     def __init__(self, section: GradingSection, *, pool: MathPool | None = None) -> None:
         super().__init__()
-        self._find = _finder(section)
+        self._find = finder(section)
         self._label_mark = {"boxed": "\\boxed", "hash": "#", "regex": None}[section.extract]
         self._pool: MathPool | None = None
         if section.equivalence == "math":
@@ -105,7 +105,7 @@ def _plainly(a: str, b: str) -> bool | None:
     return False if left.denominator == right.denominator == 1 else None
 
 
-def _finder(section: GradingSection) -> Callable[[str, bool], Place | None]:
+def finder(section: GradingSection) -> Callable[[str, bool], Place | None]:
     """How `section` finds an answer: (text, finished) -> where it stands, or None."""
     if section.extract == "boxed":
         return lambda text, finished: boxed_place(text)

@@ -108,31 +108,40 @@ def _operands(form: _Form, operator: str) -> tuple[tuple[str, ...], tuple[str, .
 
 
 def random_expression(
-    numbers: Sequence[int], rng: random.Random, *, low: int, high: int, tries: int = 20
+    numbers: Sequence[int],
+    rng: random.Random,
+    *,
+    low: int,
+    high: int,
+    tries: int = 20,
+    operations: str = "+-*/",
 ) -> tuple[str, int] | None:
     """An expression that uses each of `numbers` once, all partial results integers, its value within `low`..`high`.
 
-    Two operands are joined by one of the operations that stay exact, until one is left. None after `tries` failures.
+    Two operands are joined by one of the `operations` that stay exact, until one is left. None after `tries` failures.
     """
+    exact = operations.replace("/", "")
     for _ in range(tries):
         operands = [(number, str(number), 3) for number in numbers]
         while len(operands) > 1:
             rng.shuffle(operands)
-            operands.append(_join(operands.pop(), operands.pop(), rng))
+            operands.append(_join(operands.pop(), operands.pop(), rng, operations, exact))
         value, text, _precedence = operands[0]
         if low <= value <= high:
             return text, value
     return None
 
 
-def _join(a: tuple[int, str, int], b: tuple[int, str, int], rng: random.Random) -> tuple[int, str, int]:
-    """`a` and `b` under a random operation that leaves an integer.
+def _join(
+    a: tuple[int, str, int], b: tuple[int, str, int], rng: random.Random, operations: str, exact: str
+) -> tuple[int, str, int]:
+    """`a` and `b` under a random one of the `operations` that leaves an integer; `exact`: those that always do.
 
     Operands are (value, text, precedence): 1 for a sum, 2 for a product, 3 for a number.
     """
     (x, left, outer), (y, right, inner) = a, b
-    operations = "+-*/" if y and x % y == 0 else "+-*"
-    operation = operations[int(rng.random() * len(operations))]
+    possible = operations if y and x % y == 0 else exact
+    operation = possible[int(rng.random() * len(possible))]
     if operation == "+":
         return x + y, f"{left}+{right}", 1
     if operation == "-":

@@ -73,6 +73,19 @@ class Task(ABC):
     def demonstration(self, prompt: TaskPrompt, rng: random.Random) -> str:
         """One response to pretrain on, drawn from the task's mixture of styles; ends with the end-of-sequence text."""
 
+    def example(self, prompt: TaskPrompt, rng: random.Random) -> tuple[str, str]:
+        """What a small base is pretrained on: a text to read and the one to write after it. A demonstration, unless the
+        task teaches something else besides, such as to judge."""
+        return prompt.text, self.demonstration(prompt, rng)
+
+    def judge_text(self, prompt: Prompt | TaskPrompt, response: str) -> str | None:
+        """What a base pretrained on this task reads when it is to judge a response; None where none is taught to."""
+        return None
+
+    def verdict(self, text: str) -> bool | None:
+        """What it then writes: whether the response is right. None for anything else."""
+        return None
+
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The task's own character tokenizer."""

@@ -3,11 +3,14 @@
 Prompt `25,7,3=46:`, response `25-7+3=21;25+7*3=46#25+7*3$`: attempts with their values, then the expression that is
 the answer. Easy to check and hard to solve: the asymmetry that self-verification lives on. Numbers are used exactly
 once, as in TinyZero (github.com/Jiayi-Pan/TinyZero), whose task it is.
+
+A base can be taught to judge as well: after `25,7,3=46:#25+7*3@` comes a verdict, `T` or `F`.
 """
 
 import random
 from bisect import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar, Literal, cast
 
@@ -22,11 +25,12 @@ from ..tokenizer import character_tokenizer
 from .arithmetic import parse, random_expression
 from .base import Checker, Task, TaskPrompt
 
-ALPHABET = "0123456789+-*/()=,:;#?$"
+ALPHABET = "0123456789+-*/()=,:;#?@TF$"
 END = "$"
 GIVE_UP = "?"
-ATTEMPTS = 2
-"""Most failed attempts that a demonstration writes down."""
+ASK = "@"
+"""After a question and a response to it: asks for a verdict."""
+RIGHT, WRONG = "T", "F"
 LARGEST_ATTEMPT = 999
 """Values of attempts lie between 0 and this."""
 PATIENCE = 20_000
@@ -37,7 +41,7 @@ class CountdownStyles(Section):
     """Shares of the styles in the pretraining text; they are scaled to sum to one. All but the first two are noise."""
 
     search: float = Field(default=0.35, ge=0)
-    """One or two failed attempts, the solution with its value, then the answer."""
+    """Failed attempts, one to `attempts` of them, the solution with its value, then the answer."""
     direct: float = Field(default=0.25, ge=0)
     """The answer at once."""
     wrong_target: float = Field(default=0.20, ge=0)
@@ -48,14 +52,26 @@ class CountdownStyles(Section):
     """An answer that is no expression."""
     give_up: float = Field(default=0.05, ge=0)
     """`#?`: parsed as an answer, never right."""
+    copied: float = Field(default=0.0, ge=0)
+    """The target itself as the answer: its value is right, its numbers are not."""
 
-    @rule("search", "direct", "wrong_target", "wrong_number", "malformed", "give_up")
+    @rule("search", "direct", "wrong_target", "wrong_number", "malformed", "give_up", "copied")
     def _some(self) -> str | None:
         return None if sum(self.shares().values()) > 0 else "at least one style needs a share above 0"
 
     def shares(self) -> dict[str, float]:
         """Shares by style, as written."""
         return {name: float(getattr(self, name)) for name in type(self).model_fields}
+
+
+class JudgementSettings(Section):
+    """Judgements in the pretraining text: a prompt, a demonstration's response to it, `@`, and `T` or `F`. Half of the
+    responses are right."""
+
+    share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the examples that are judgements."""
+    accuracy: float = Field(default=1.0, ge=0, le=1)
+    """Probability that a verdict is the true one; at 0.5 they teach how to answer and nothing about what is right."""
 
 
 class CountdownSettings(Section):
@@ -65,7 +81,18 @@ class CountdownSettings(Section):
     """Numbers lie between 1 and this."""
     max_target: int = Field(default=100, ge=1, le=999)
     """Targets lie between 1 and this."""
+    operations: list[Literal["+", "-", "*", "/"]] = Field(default=["+", "-", "*", "/"], min_length=1)
+    """Operations that solutions and attempts are made with. An answer may use all four."""
+    attempts: int = Field(default=2, ge=1, le=4)
+    """Most failed attempts that a demonstration writes down."""
     styles: CountdownStyles = CountdownStyles()
+    judgements: JudgementSettings = JudgementSettings()
+
+    @rule("operations")
+    def _always_possible(self) -> str | None:
+        if set(self.operations) == {"/"}:
+            return "operations = ['/'] alone hardly ever leaves an integer: add another"
+        return None
 
 
 class Countdown(Task):
@@ -87,7 +114,9 @@ class Countdown(Task):
         count = max(self.settings.counts)
         expression = count * len(str(self.settings.max_number)) + (count - 1) + 2 * (count - 2)
         attempt = expression + 1 + len(str(LARGEST_ATTEMPT)) + 1
-        return ATTEMPTS * attempt + expression + 1 + len(str(self.settings.max_target)) + 1 + expression + 1
+        return (
+            self.settings.attempts * attempt + expression + 1 + len(str(self.settings.max_target)) + 1 + expression + 1
+        )
 
     def draw(self, seed: int) -> Iterator[TaskPrompt]:
         """Prompts that have a solution, since each is made from one."""
@@ -98,7 +127,7 @@ class Countdown(Task):
             idle += 1
             count = rng.choice(self.settings.counts)
             numbers = sorted((rng.randint(1, self.settings.max_number) for _ in range(count)), reverse=True)
-            made = random_expression(numbers, rng, low=1, high=self.settings.max_target, tries=1)
+            made = self._expression(numbers, rng, low=1, high=self.settings.max_target, tries=1)
             if made is None:
                 continue
             solution, target = made
@@ -119,27 +148,58 @@ class Countdown(Task):
         if style == "direct":
             return f"#{prompt.label}{END}"
         if style == "search":
-            attempts = "".join(self._attempt(numbers, target, rng) for _ in range(rng.randint(1, ATTEMPTS)))
+            count = rng.randint(1, self.settings.attempts)
+            attempts = "".join(self._attempt(numbers, target, rng) for _ in range(count))
             return f"{attempts}{prompt.label}={target}#{prompt.label}{END}"
         if style == "wrong_target":
             attempt = self._attempt(numbers, target, rng)
             return f"{attempt}#{attempt.partition('=')[0] or GIVE_UP}{END}"
         if style == "wrong_number":
             others = [*numbers[1:], rng.randint(1, self.settings.max_number)]
-            made = random_expression(others, rng, low=0, high=LARGEST_ATTEMPT)
+            made = self._expression(others, rng)
             return f"#{made[0] if made else GIVE_UP}{END}"
+        if style == "copied":
+            return f"#{target}{END}"
         return f"#{_broken(prompt.label, rng)}{END}"
 
     def _attempt(self, numbers: tuple[int, ...], target: int, rng: random.Random) -> str:
         """A failed attempt, `expression=value;`; empty in the rare case that none is found."""
         for _ in range(10):
-            made = random_expression(numbers, rng, low=0, high=LARGEST_ATTEMPT)
+            made = self._expression(numbers, rng)
             if made is not None and made[1] != target:
                 return f"{made[0]}={made[1]};"
         return ""
 
+    def _expression(
+        self, numbers: Sequence[int], rng: random.Random, *, low: int = 0, high: int = LARGEST_ATTEMPT, tries: int = 20
+    ) -> tuple[str, int] | None:
+        operations = "".join(self.settings.operations)
+        return random_expression(numbers, rng, low=low, high=high, tries=tries, operations=operations)
+
+    def example(self, prompt: TaskPrompt, rng: random.Random) -> tuple[str, str]:
+        """A demonstration, or by `judgements.share` a judgement of one."""
+        judgements = self.settings.judgements
+        if not judgements.share or rng.random() >= judgements.share:
+            return super().example(prompt, rng)
+        wanted = rng.random() < 0.5
+        for _ in range(20):
+            response = self.demonstration(prompt, rng).removesuffix(END)
+            right = self.check(prompt, response) is True
+            if right == wanted:
+                break
+        said = right if rng.random() < judgements.accuracy else not right
+        return self.judge_text(prompt, response), f"{RIGHT if said else WRONG}{END}"
+
+    def judge_text(self, prompt: Prompt | TaskPrompt, response: str) -> str:
+        """Question, response and `@`: under the provider `judge`, `template: "{question}{response}@"`."""
+        return f"{prompt.text}{response}{ASK}"
+
+    def verdict(self, text: str) -> bool | None:
+        """`T` or `F`, and nothing else."""
+        return {RIGHT: True, WRONG: False}.get(text.removesuffix(END).strip())
+
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """24 tokens: the alphabet and padding; `$` ends a response."""
+        """27 tokens: the alphabet and padding; `$` ends a response."""
         return character_tokenizer(ALPHABET, eos=END)
 
     def grader(self) -> Grader:
@@ -148,29 +208,11 @@ class Countdown(Task):
 
     def check(self, prompt: Prompt | TaskPrompt, response: str) -> bool | None:
         """Whether the answer uses each number exactly once and reaches the target; None where there is no answer."""
-        answer = CountdownGrader().extract(response)
-        return None if answer is None else solves(answer, *problem_of(prompt))
+        return CountdownChecks(CountdownGrader().extract).answer(prompt, response)
 
     def checkers(self) -> Mapping[str, Checker]:
-        """Beside `answer`, its two halves: `numbers`, each given number is used exactly once; `value`, the expression
-        equals the target. A policy that is paid for one half alone learns to answer without the other."""
-        return {"answer": self.check, "numbers": self.check_numbers, "value": self.check_value}
-
-    def check_numbers(self, prompt: Prompt | TaskPrompt, response: str) -> bool | None:
-        """Whether the answer uses each number exactly once, whatever it equals; None where there is no answer."""
-        answer = CountdownGrader().extract(response)
-        if answer is None:
-            return None
-        expression = parse(answer)
-        return expression is not None and expression.numbers == tuple(sorted(problem_of(prompt)[0]))
-
-    def check_value(self, prompt: Prompt | TaskPrompt, response: str) -> bool | None:
-        """Whether the answer equals the target, whatever numbers it uses; None where there is no answer."""
-        answer = CountdownGrader().extract(response)
-        if answer is None:
-            return None
-        expression = parse(answer)
-        return expression is not None and expression.value == problem_of(prompt)[1]
+        """See CountdownChecks."""
+        return CountdownChecks(CountdownGrader().extract).by_name()
 
     def paraphrase(self, prompt: TaskPrompt) -> str:
         """The numbers the other way round."""
@@ -206,6 +248,39 @@ class CountdownGrader(Grader):
         if answer is None or solution is None or solution.value is None:
             return False
         return solves(answer, solution.numbers, solution.value)
+
+
+@dataclass(frozen=True)
+class CountdownChecks:
+    """Checks of a response: `answer`, and its two halves. A policy that is paid for one half alone learns to answer
+    without the other. Each is None where there is no answer."""
+
+    extract: Callable[[str], str | None]
+    """Finds the answer in a response, in canonical form."""
+
+    def by_name(self) -> Mapping[str, Checker]:
+        return {"answer": self.answer, "numbers": self.numbers, "value": self.value}
+
+    def answer(self, prompt: Prompt | TaskPrompt, response: str) -> bool | None:
+        """The answer uses each number exactly once and equals the target."""
+        found = self.extract(response)
+        return None if found is None else solves(found, *problem_of(prompt))
+
+    def numbers(self, prompt: Prompt | TaskPrompt, response: str) -> bool | None:
+        """The answer uses each number exactly once, whatever it equals."""
+        found = self.extract(response)
+        if found is None:
+            return None
+        expression = parse(found)
+        return expression is not None and expression.numbers == tuple(sorted(problem_of(prompt)[0]))
+
+    def value(self, prompt: Prompt | TaskPrompt, response: str) -> bool | None:
+        """The answer equals the target, whatever numbers it uses."""
+        found = self.extract(response)
+        if found is None:
+            return None
+        expression = parse(found)
+        return expression is not None and expression.value == problem_of(prompt)[1]
 
 
 def solves(answer: str, numbers: tuple[int, ...], target: object) -> bool:

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_urlvr.analysis.estimators import (
     avg_at_n,
+    balanced_accuracy,
     maj_at_k,
     maj_at_n,
     mean_and_se,
@@ -25,6 +26,20 @@ def random_set(seed, problems=40, n=6):
     rng = np.random.default_rng(seed)
     answers = rng.integers(-1, 4, size=(problems, n))
     return answers == 0, answers
+
+
+@pytest.mark.parametrize(
+    ("said", "right", "expected"),
+    [
+        ([True, True, False], [True, True, False], 1.0),
+        ([True, True, True, True], [True, False, False, False], 0.5),  # yes to everything, whatever the shares
+        ([True, None, False, None], [True, True, False, False], 0.5),  # no verdict is no hit
+        ([True, False, True], [True, True, False], 0.25),
+        ([True], [True], None),
+    ],
+)
+def test_balanced_accuracy_weighs_right_and_wrong_alike(said, right, expected):
+    assert balanced_accuracy(said, right) == expected
 
 
 def test_maj_at_n_is_that_of_counting_with_ties_shared():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_urlvr.data.errors import DataError
 from megatron_urlvr.data.tasks import TaskPrompt, get_task
 from megatron_urlvr.data.tasks.arithmetic import parse
+from megatron_urlvr.data.tasks.countdown import CountdownStyles
 
 PROMPT = TaskPrompt(text="25,7,3=46:", label="25+7*3", fields={"numbers": (25, 7, 3), "target": 46})
 
@@ -20,7 +21,7 @@ def countdown(**options):
 
 def only(style):
     """The task with a single style of demonstration."""
-    shares = dict.fromkeys(("search", "direct", "wrong_target", "wrong_number", "malformed", "give_up"), 0)
+    shares = dict.fromkeys(CountdownStyles.model_fields, 0)
     return countdown(styles={**shares, style: 1})
 
 
@@ -193,6 +194,7 @@ def test_demonstrations_fit_the_limit_and_attempts_state_true_values():
         ("wrong_number", {False, True}),
         ("malformed", {None}),
         ("give_up", {False}),
+        ("copied", {False}),
     ],
 )
 def test_each_style_is_as_right_as_its_name(style, verdicts):
@@ -204,6 +206,66 @@ def test_each_style_is_as_right_as_its_name(style, verdicts):
         assert seen[False] > 150
 
 
+def test_who_copies_the_target_has_its_value_and_not_the_numbers():
+    task = only("copied")
+    rng = random.Random(0)
+    for prompt in task.prompts(50, seed=0, split="train"):
+        response = task.demonstration(prompt, rng)
+        assert task.checkers()["value"](prompt, response)
+        assert not task.checkers()["numbers"](prompt, response)
+
+
+def test_solutions_and_attempts_keep_to_the_operations_allowed():
+    task = countdown(counts=[3], operations=["+", "-"], attempts=1)
+    rng = random.Random(0)
+    prompts = task.prompts(200, seed=0, split="train")
+    attempts = [task.demonstration(prompt, rng).partition("#")[0] for prompt in prompts]
+    assert not set("*/") & set("".join([*attempts, *(prompt.label for prompt in prompts)]))
+    assert max(text.count(";") for text in attempts) == 1
+
+
+def test_judgements_are_of_right_and_wrong_responses_alike_and_say_which_is_which():
+    task = countdown(judgements={"share": 0.5})
+    rng = random.Random(0)
+    said, demonstrations = Counter(), 0
+    for prompt in task.prompts(600, seed=0, split="train"):
+        text, written = task.example(prompt, rng)
+        verdict = task.verdict(written)
+        if text == prompt.text:
+            demonstrations += 1
+            continue
+        response = text.removeprefix(prompt.text).removesuffix("@")
+        assert task.judge_text(prompt, response) == text
+        assert verdict is bool(task.check(prompt, response))
+        said[verdict] += 1
+    assert 250 < demonstrations < 350
+    assert 0.4 < said[True] / said.total() < 0.6
+
+
+def test_verdicts_are_as_often_true_as_asked_for():
+    task = countdown(judgements={"share": 1, "accuracy": 0.8})
+    rng = random.Random(0)
+    agree = 0
+    for prompt in task.prompts(1000, seed=0, split="train"):
+        text, written = task.example(prompt, rng)
+        agree += task.verdict(written) is bool(task.check(prompt, text.removeprefix(prompt.text).removesuffix("@")))
+    assert 0.75 < agree / 1000 < 0.85
+
+
+def test_without_judgements_examples_are_the_demonstrations():
+    task = countdown()
+    prompts = task.prompts(50, seed=0, split="train")
+    examples, demonstrations = random.Random(3), random.Random(3)
+    assert [task.example(p, examples) for p in prompts] == [
+        (p.text, task.demonstration(p, demonstrations)) for p in prompts
+    ]
+
+
+@pytest.mark.parametrize(("text", "verdict"), [("T", True), (" F", False), ("T$", True), ("TF", None), ("", None)])
+def test_a_verdict_is_one_letter(text, verdict):
+    assert countdown().verdict(text) is verdict
+
+
 def test_a_demonstration_needs_the_solution():
     with pytest.raises(ValueError, match="has no label"):
         countdown().demonstration(TaskPrompt(text="x", label=None, fields=PROMPT.fields), random.Random(0))
@@ -211,7 +273,12 @@ def test_a_demonstration_needs_the_solution():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"counts": [5]}, r"counts\.0"), ({"counts": []}, "counts"), ({"max_number": 100}, "max_number = 100")],
+    [
+        ({"counts": [5]}, r"counts\.0"),
+        ({"counts": []}, "counts"),
+        ({"max_number": 100}, "max_number = 100"),
+        ({"operations": ["/"]}, "hardly ever leaves an integer"),
+    ],
 )
 def test_wrong_settings_are_named(options, message):
     with pytest.raises(DataError, match=message):

@@ -96,6 +96,24 @@ class TestProxyAgainstTruth:
         assert metrics["audit/auroc_left_out"] == pytest.approx(2 / 3)
         assert "audit/auroc" not in audit(groups[:2], [proxy(1, 0)] * 2, right[:2])
 
+    def test_a_judges_yes_and_no_are_counted_apart_over_all_groups(self):
+        groups = [make("p", [0, 1, 2, 3]), make("q", [0, 1, 2, 3])]
+        judged = [([1.0, 0.5, 1.0, 0.0], [0.0, 0.5, 0.0, 0.0]), ([0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0])]
+        for group, (yes, none) in zip(groups, judged, strict=True):
+            group.signals |= {"judge": torch.tensor(yes), "judge_unparsable": torch.tensor(none)}
+        metrics = audit(groups, [proxy(0, 0, 0, 0)] * 2, [truth(1, 1, 0, 0), truth(0, 0, 0, 0)])
+        assert metrics["audit/judge/yes_if_right"] == (1 + 0.5) / 2
+        assert metrics["audit/judge/no_if_wrong"] == (0 + 1 + 0 + 1 + 1 + 1) / 6
+        assert metrics["audit/judge/balanced_accuracy"] == pytest.approx((1.5 / 2 + 4 / 6) / 2)
+
+    def test_without_a_judge_or_without_right_answers_there_is_no_balanced_accuracy(self):
+        assert not any("judge" in name for name in audit([make("p", [0])], [proxy(1)], [truth(1)]))
+        group = make("p", [0, 1])
+        group.signals |= {"judge": torch.ones(2), "judge_unparsable": torch.zeros(2)}
+        metrics = audit([group], [proxy(1, 1)], [truth(0, 0)])
+        assert metrics["audit/judge/no_if_wrong"] == 0.0
+        assert not {"audit/judge/yes_if_right", "audit/judge/balanced_accuracy"} & metrics.keys()
+
     def test_prompts_without_a_label_are_left_out_and_counted(self):
         groups = [make("a", [0, 0]), make("b", [0, 1])]
         metrics = audit(groups, [proxy(1, 1), proxy(1, 0)], [None, truth(1, 0)])
