@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 from synthetic_runs import make_run
 
-from megatron_urlvr.analysis.detection import account, detect, detector_rule, exact_interval, fixed_step, threshold
+from megatron_urlvr.analysis.detection import (
+    Detection,
+    account,
+    detect,
+    detector_rule,
+    exact_interval,
+    fixed_step,
+    threshold,
+)
 from megatron_urlvr.analysis.runs import load_run
 from megatron_urlvr.commands.collapse import print_detections
 from megatron_urlvr.config.monitor import CollapseSection
@@ -38,6 +46,22 @@ def test_dying_runs_are_caught_and_rising_ones_left_alone(runs: Path):
     assert dying.best is not None
     assert dying.kept is not None
     assert dying.loss == dying.best - dying.kept
+
+
+def test_losses_and_kept_shares_are_those_of_falling_runs_and_shares_need_a_gain():
+    def run(start, best, kept, collapsing=True, stop=7):
+        return Detection("run", stop, None, start, best, kept, end=0.0, collapsing=collapsing)
+
+    found = [run(0.3, 0.5, 0.45), run(0.3, 0.5, 0.2), run(0.3, 0.34, 0.3), run(0.3, 0.9, 0.9, collapsing=False)]
+    assert [each.loss for each in found[:3]] == pytest.approx([0.05, 0.3, 0.04])
+    assert [each.kept_share for each in found[:2]] == pytest.approx([0.75, -0.5])
+    assert found[2].kept_share is None  # .04 is no gain to keep
+    result = account(found)
+    assert (result.collapsing, result.with_gain, result.healthy, result.false_alarms) == (3, 2, 1, 1)
+    assert result.median_loss == pytest.approx(0.05)
+    assert result.median_kept_share == pytest.approx(0.125)
+    missed = account([run(0.3, 0.5, 0.0, stop=None)])
+    assert (missed.detected, missed.median_loss, missed.median_kept_share) == (0, 0.5, pytest.approx(-1.5))
 
 
 def test_plain_rules_stop_where_they_say(runs: Path):
