@@ -283,7 +283,7 @@ def _read_chunk(source: Path, info: _StorageInfo) -> torch.Tensor:
 def _written(target: Path) -> Iterator[tuple[Path, int, int]]:
     """A folder that becomes `target` when all ranks are done, this process' rank and their number.
 
-    UnusableInput when `target` is there already.
+    UnusableInput when `target` is there already, and on every rank what any one of them fails with.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     temporary = target.with_name(f".{target.name}.writing")
@@ -295,15 +295,32 @@ def _written(target: Path) -> Iterator[tuple[Path, int, int]]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     _gathered(None, size)
-    yield temporary, rank, size
-    _gathered(None, size)
+    try:
+        yield temporary, rank, size
+        _gathered(None, size)
+    except _Told:
+        raise
+    except (UnusableInput, OSError) as error:
+        if size > 1:  # the others wait for this rank at their next meeting
+            _gathered(None, size, problem=str(error))
+        raise
     if rank == 0:
         os.replace(temporary, target)
     _gathered(None, size)
 
 
-def _gathered(value: Any, size: int) -> list[Any]:
-    return [value] if size == 1 else gather_json(value, dist.group.WORLD)
+class _Told(UnusableInput):
+    """A rank could not go on, and all have heard of it."""
+
+
+def _gathered(value: Any, size: int, *, problem: str = "") -> list[Any]:
+    """Every rank's value. UnusableInput on all of them, with the words of the first, when one has a problem."""
+    if size == 1:
+        return [value]
+    found = gather_json([problem, value], dist.group.WORLD)
+    if told := next((problem for problem, _ in found if problem), ""):
+        raise _Told(told)
+    return [value for _, value in found]
 
 
 def _share(table: Sequence[Place], rank: int, size: int) -> Sequence[Place]:
