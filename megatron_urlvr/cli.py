@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from megatron_urlvr.commands import groups
+from megatron_urlvr.commands.arguments import Checkpoint, ConfigFile, Overrides
 from megatron_urlvr.commands.launch import app as launch_app
 from megatron_urlvr.distributed.ranks import adopt_srun
 from megatron_urlvr.exit_codes import DISK_FULL, ExitCode, UnusableInput
@@ -20,21 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
-app.add_typer(config_app, name="config")
-rollout_app = typer.Typer(help="Rollout servers.", no_args_is_help=True)
-app.add_typer(rollout_app, name="rollout")
-data_app = typer.Typer(help="Prompts.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
-app.add_typer(launch_app, name="launch")
-bench_app = typer.Typer(help="Benchmarks.", no_args_is_help=True)
-app.add_typer(bench_app, name="bench")
-
-ConfigFile = Annotated[Path, typer.Argument(help="A YAML config, or the folder of a run.", metavar="CONFIG")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Settings laid over the file, such as run.steps=50.", metavar="[KEY=VALUE]..."),
-]
+for name, group in {**groups.APPS, "launch": launch_app}.items():
+    app.add_typer(group, name=name)
 
 
 @app.command()
@@ -64,9 +53,7 @@ def pretrain(config: ConfigFile, overrides: Overrides = None) -> None:
 def evaluate(
     config: ConfigFile,
     overrides: Overrides = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Checkpoint of the run, such as step_000050. Without it: model.path.")
-    ] = None,
+    checkpoint: Checkpoint = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="A set of eval.sets; may be repeated. Without it: all.")
     ] = None,
@@ -93,8 +80,8 @@ def evaluate(
 
 @app.command()
 def compare(
-    one: Annotated[Path, typer.Argument(help="A table of problems, RUN/evals/eval_*.problems.jsonl.")],
-    other: Annotated[Path, typer.Argument(help="Another policy's, on the same set.")],
+    one: Annotated[Path, typer.Argument(help="A table of problems, RUN/evals/eval_*.problems.jsonl.", metavar="ONE")],
+    other: Annotated[Path, typer.Argument(help="Another policy's, on the same set.", metavar="OTHER")],
 ) -> None:
     """Compare two policies problem by problem, with an interval from resampling problems in pairs."""
     from megatron_urlvr.commands.compare import print_comparison
@@ -104,18 +91,20 @@ def compare(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN")],
     out: Annotated[Path | None, typer.Option(help="Where the page goes. Without it: the run's report folder.")] = None,
 ) -> None:
     """Write one HTML page with figures about one or several runs."""
     from megatron_urlvr.analysis.report import write_report
+    from megatron_urlvr.commands.outputs import writing
 
-    typer.echo(str(write_report(runs, out)))
+    with writing("the report" if out is None else f"--out {out}"):
+        typer.echo(str(write_report(runs, out)))
 
 
 @app.command()
 def study(
-    grid: Annotated[Path, typer.Argument(help="A study's YAML file.", metavar="GRID")],
+    grid: Annotated[Path, typer.Argument(help="A study's YAML file.", metavar="STUDY")],
     overrides: Overrides = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once. Without it: as the study says.")] = None,
 ) -> None:
@@ -129,68 +118,11 @@ def study(
     raise typer.Exit(run_study(loaded, grid, jobs))
 
 
-@rollout_app.command("serve")
-def rollout_serve(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    pool: Annotated[str, typer.Option(help="Pool of servers.pools to serve.")] = "policy",
-) -> None:
-    """Start this host's SGLang servers and keep them running until the run is done."""
-    import asyncio
-
-    from megatron_urlvr.config.loader import load_config
-
-    loaded = load_config(config, overrides or [])
-    from megatron_urlvr.rollout.supervisor import serve
-
-    raise typer.Exit(asyncio.run(serve(loaded, pool)))
-
-
-@rollout_app.command("status")
-def rollout_status(run: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
-    """List a run's servers: where they are, whether they answer, which weights they hold."""
-    from megatron_urlvr.commands.rollout import print_status
-
-    print_status(run)
-
-
-@data_app.command("select")
-def data_select(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    keep: Annotated[str, typer.Option(help="majority_wrong, majority_right, all_wrong or mixed.")] = "majority_wrong",
-    votes: Annotated[int, typer.Option(min=1, help="Responses sampled for each prompt.")] = 64,
-    out: Annotated[Path, typer.Option(help="JSON-lines file to write.")] = Path("selected.jsonl"),
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Checkpoint of the run, such as step_000050. Without it: model.path.")
-    ] = None,
-) -> None:
-    """Write the training prompts on which a policy's votes are wrong, right or split to a file."""
-    from megatron_urlvr.config.loader import load_config
-
-    loaded = load_config(config, overrides or [])
-    from megatron_urlvr.commands.data import select
-
-    raise typer.Exit(select(loaded, keep=keep, votes=votes, out=out, checkpoint=checkpoint))
-
-
-@config_app.command("show")
-def config_show(
-    file: Annotated[
-        Path | None, typer.Argument(help="A config, or the folder of a run.", metavar="[FILE]", show_default=False)
-    ] = None,
-    overrides: Overrides = None,
-    docs: Annotated[bool, typer.Option("--docs", help="Print every setting with its meaning and default.")] = False,
-) -> None:
-    """Print a config with all defaults filled in, or (--docs) what each setting means."""
-    from megatron_urlvr.commands.show import show
-
-    typer.echo(show(file, overrides or [], docs=docs), nl=False)
-
-
 @app.command()
 def rewards(
-    names: Annotated[list[str] | None, typer.Argument(help="Rewards to describe. Without any: all.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Rewards to describe. Without any: all.", metavar="NAME")
+    ] = None,
 ) -> None:
     """List the rewards: formula, needs, range, options, source."""
     from megatron_urlvr.commands.rewards import rewards_text
@@ -198,21 +130,9 @@ def rewards(
     typer.echo(rewards_text(names or []), nl=False)
 
 
-@bench_app.command(
-    "kernels", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-)
-def bench_kernels(context: typer.Context) -> None:
-    """Measure the kernels beside their peers, in one run. `--help` lists its options."""
-    from megatron_urlvr.commands.bench import bench_kernels as run
-
-    raise typer.Exit(run(context.args))
-
-
 @app.command()
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Folder that holds runs, at any depth.", metavar="[DIR]")] = Path(
-        "runs"
-    ),
+    folder: Annotated[Path, typer.Argument(help="Folder that holds runs, at any depth.", metavar="DIR")] = Path("runs"),
 ) -> None:
     """List runs: reward, seed, steps, start, peak, end, verdict and state."""
     from megatron_urlvr.commands.runs import print_runs
@@ -222,7 +142,7 @@ def runs(
 
 @app.command()
 def collapse(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or ones above them.", metavar="RUN...")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or ones above them.", metavar="RUN")],
     patience: Annotated[int, typer.Option(min=1, help="Suspicious steps in a row before the alarm.")] = 3,
     window: Annotated[int, typer.Option(min=1, help="Each signal is the median of its last values.")] = 3,
     baseline: Annotated[int, typer.Option(min=2, help="First steps, which say what is normal.")] = 5,
@@ -241,7 +161,9 @@ def collapse(
 
 @app.command()
 def mcs(
-    config: Annotated[Path, typer.Argument(help="A YAML file of policies to compare, see docs/mcs.md.")],
+    config: Annotated[
+        Path, typer.Argument(help="A YAML file of policies to compare, see docs/mcs.md.", metavar="CONFIG")
+    ],
     overrides: Overrides = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once. Without it: as the file says.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure what is there, and train nothing.")] = False,
@@ -278,7 +200,7 @@ def theory(
 
 @app.command()
 def samples(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
     step: Annotated[int | None, typer.Option(min=0, help="Step. Without it: the last that was kept.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Only prompts whose id or text contains this.")] = None,
     sort: Annotated[
@@ -294,8 +216,10 @@ def samples(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A Hugging Face folder, or a Megatron checkpoint (a run's too).")],
-    target: Annotated[Path, typer.Argument(help="The folder to make.")],
+    source: Annotated[
+        Path, typer.Argument(help="A Hugging Face folder, or a Megatron checkpoint (a run's too).", metavar="SOURCE")
+    ],
+    target: Annotated[Path, typer.Argument(help="The folder to make.", metavar="TARGET")],
     model: Annotated[
         Path | None,
         typer.Option(help="Folder with config.json and tokenizer. Without it: the checkpoint's, its run's."),

@@ -22,6 +22,7 @@ from megatron_urlvr.config.monitor import CollapseSection
 from megatron_urlvr.exit_codes import UnusableInput
 from megatron_urlvr.run.folder import write_json
 
+from .outputs import make_parent, writing
 from .runs import find_runs
 
 ENTROPY = "policy/sampled_entropy"
@@ -51,8 +52,8 @@ def print_detections(
         for name, result in accounts.items():
             print(_row(name, result))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, _json(settings, found, accounts))
+        with writing(f"--out {out}"):
+            write_json(make_parent(out, f"--out {out}"), _json(settings, found, accounts))
         print(f"written to {out}")
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from megatron_urlvr.exit_codes import UnusableInput
 
+from .outputs import make_folder
+
 
 def convert(source: Path, target: Path, *, model: Path | None, max_shard_gb: float) -> str:
     """Convert `source` to the other format as `target`; returns a sentence. UnusableInput when it cannot be done."""
@@ -13,6 +15,7 @@ def convert(source: Path, target: Path, *, model: Path | None, max_shard_gb: flo
 
     if not source.is_dir():
         raise UnusableInput(f"{source}: no such folder; give a Hugging Face folder or a Megatron checkpoint")
+    make_folder(target.parent, str(target))
     if (source / METADATA).exists():
         to_hf(source, target, model=model or _model_of(source), max_shard_bytes=int(max_shard_gb * 1e9))
         return f"{target}: a Hugging Face folder"

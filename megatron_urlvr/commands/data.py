@@ -21,6 +21,7 @@ from megatron_urlvr.run.folder import write_text
 from megatron_urlvr.types import Prompt, Sampling
 
 from .evaluate import find_checkpoint, load_step
+from .outputs import make_parent, writing
 
 CHUNK = 256
 """Prompts sampled at once."""
@@ -39,6 +40,7 @@ def select(config: Config, *, keep: str, votes: int, out: Path, checkpoint: str 
     without labels, or when nothing is kept."""
     if keep not in RULES:
         raise UnusableInput(f"--keep {keep}: must be one of {', '.join(RULES)}.{did_you_mean(keep, RULES)}")
+    make_parent(out, f"--out {out}")
     torch.set_num_threads(config.run.threads)
     path = None if checkpoint is None else find_checkpoint(config, checkpoint)
     preflight(config, world_size=world_size_from_environment())
@@ -88,8 +90,8 @@ def _record(parts: Parts, prompt: Prompt) -> dict[str, Any]:
 def _write(out: Path, kept: list[dict[str, Any]], labelled: int, without: int, rule: str) -> None:
     if not kept:
         raise UnusableInput(f"none of {labelled} prompts is left ({rule}), so that {out} was not written.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, "".join(json.dumps(row) + "\n" for row in kept))
+    with writing(f"--out {out}"):
+        write_text(out, "".join(json.dumps(row) + "\n" for row in kept))
     left_out = f"; {without} without a label were passed over" if without else ""
     print(f"{len(kept)} of {labelled} prompts kept: {rule}{left_out}")
     print(f"written to {out}: data.train={{path: {out}, id_field: id}} trains on them, with the source's own grading")

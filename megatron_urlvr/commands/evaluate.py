@@ -23,6 +23,7 @@ from megatron_urlvr.loop.assembly import Parts, build, preflight
 from megatron_urlvr.policy.checkpoint import CheckpointError, list_checkpoints, load
 from megatron_urlvr.run.folder import RunDir, write_json, write_text
 
+from .outputs import make_folder
 from .scoring import Scorer, scorable
 
 Rows = Sequence[dict[str, Any]]
@@ -39,6 +40,7 @@ def main(config: Config, checkpoint: str | None, sets: list[str] | None, rewards
     if config.rollout.engine == "replay":  # which holds no responses to held-out prompts
         config.rollout = config.rollout.model_copy(update={"engine": "embedded", "replay_from": None})
     preflight(config, world_size=world_size_from_environment())
+    _results_folder(config)
     with (
         joined(config.parallel, device=config.run.device, seed=config.run.seed, run_dir=config.run.dir) as layout,
         closing(build(config, layout)) as parts,
@@ -90,8 +92,7 @@ def _report(
 ) -> None:
     """Print the figures and keep them in the run's folder, with a table of the problems of each set."""
     what, name = str(checkpoint or config.model.path), checkpoint.name if checkpoint else "base"
-    folder = Path(config.run.dir) / "evals"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _results_folder(config)
     sets = {
         each: {k: v if math.isfinite(v) else None for k, v in metrics.items()} for each, (metrics, _) in found.items()
     }
@@ -104,6 +105,11 @@ def _report(
             print(f"{each:>16}  {key:<36} {value:.4f}")
         print(f"{each:>16}  problems, one by one: {table}")
     print(f"{what}; written to {out}")
+
+
+def _results_folder(config: Config) -> Path:
+    """Made where it is not there. UnusableInput when that is not possible."""
+    return make_folder(Path(config.run.dir) / "evals", f"run.dir = {config.run.dir}")
 
 
 def problem_table(rows: Rows) -> list[dict[str, Any]]:

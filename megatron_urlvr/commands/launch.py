@@ -12,6 +12,9 @@ import typer
 
 from megatron_urlvr.exit_codes import ExitCode, UnusableInput
 
+from .arguments import ConfigFile, Overrides
+from .outputs import writing
+
 if TYPE_CHECKING:
     from megatron_urlvr.config.root import Config
     from megatron_urlvr.launch.slurm import SlurmJob
@@ -26,18 +29,15 @@ class Where(StrEnum):
 
 app = typer.Typer(help="Hand a run to a cluster.", no_args_is_help=True)
 
-ConfigFile = Annotated[Path, typer.Argument(help="A YAML config.", metavar="CONFIG")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Settings laid over the file.", metavar="[KEY=VALUE]...", show_default=False)
-]
 Nodes = Annotated[int, typer.Option(min=1, help="Nodes of the trainer.")]
 Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks on each node. Without it: one a GPU.")]
 Gpus = Annotated[int, typer.Option(min=0, help="GPUs of each node; 0: the job asks for none.")]
 RolloutNodes = Annotated[int, typer.Option(min=0, help="Further nodes for rollout servers alone.")]
-Time = Annotated[str, typer.Option(help="Time limit: minutes, h:m:s or d-h:m:s.")]
+Time = Annotated[str, typer.Option(help="Time limit: minutes, HH:MM:SS or D-HH:MM:SS.")]
 Signal = Annotated[int, typer.Option("--signal", min=1, help="Seconds before the time limit: save and be requeued.")]
 Image = Annotated[str, typer.Option(help="Container image (pyxis).")]
-Text = Annotated[str, typer.Option()]
+Partition = Annotated[str, typer.Option(help="Slurm's partition. Without it: the cluster's default.")]
+Account = Annotated[str, typer.Option(help="Account that the job is charged to. Without it: yours by default.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted, and submit nothing.")]
 
 
@@ -51,10 +51,10 @@ def slurm(
     rollout_nodes: RolloutNodes = 0,
     time: Time = "24:00:00",
     signal_s: Signal = 300,
-    partition: Text = "",
+    partition: Partition = "",
     rollout_partition: Annotated[str, typer.Option(help="Without it: --partition.")] = "",
-    account: Text = "",
-    qos: Text = "",
+    account: Account = "",
+    qos: Annotated[str, typer.Option(help="Slurm's quality of service. Without it: the cluster's default.")] = "",
     seeds: Annotated[str, typer.Option(help="An array, one run a seed: 0-4, or 0-9%3 for three at once.")] = "",
     image: Image = "",
     mounts: Annotated[str, typer.Option(help="Its mounts. Without it: the current folder.")] = "",
@@ -97,7 +97,8 @@ def slurm(
         return
     before = ""
     for each in jobs:
-        path = write(each)
+        with writing(f"run.dir = {loaded.run.dir}"):
+            path = write(each)
         before = submit(path, after=before, each=bool(seeds))
         typer.echo(f"{before}  {path}")
 
@@ -113,8 +114,8 @@ def nemo(
     rollout_nodes: RolloutNodes = 0,
     time: Time = "24:00:00",
     signal_s: Signal = 300,
-    partition: Text = "",
-    account: Text = "",
+    partition: Partition = "",
+    account: Account = "",
     image: Image = "",
     restarts: Annotated[
         int, typer.Option(min=0, help="How often Slurm starts a run again that did not end well.")

@@ -24,6 +24,8 @@ from megatron_urlvr.analysis.sharpening import (
 from megatron_urlvr.exit_codes import UnusableInput
 from megatron_urlvr.run.folder import write_bytes, write_json
 
+from .outputs import make_folder, writing
+
 PATHS = 4000
 """Simulated paths of sampled votes."""
 EXACT_TERMS = 200_000
@@ -42,9 +44,10 @@ def print_theory(
     found = compute(start, beta=beta, eta=eta, votes=votes, steps=steps, seed=seed)
     print(_text(found), end="")
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "theory.json", found)
-        write_bytes(out / "theory.png", _figure(found))
+        with writing(f"--out {out}"):
+            make_folder(out, f"--out {out}")
+            write_json(out / "theory.json", found)
+            write_bytes(out / "theory.png", _figure(found))
         print(f"written to {out / 'theory.json'} and {out / 'theory.png'}")
 
 

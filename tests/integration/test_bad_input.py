@@ -224,8 +224,8 @@ def test_commands_on_folders_that_are_no_runs(urlvr, tmp_path, config):
 
     assert "is no run folder" in says("report", tmp_path)
     assert "holds no runs" in says("runs", tmp_path)
-    assert "has no samples" in says("samples", tmp_path)
-    assert "there is no file" in says("train", tmp_path)
+    assert "is no run folder" in says("samples", tmp_path)
+    assert "is a folder, and no run's" in says("train", tmp_path)
     assert "--checkpoint step_000002: there is no such checkpoint" in says(
         "eval", config, "--checkpoint", "step_000002"
     )

@@ -59,3 +59,18 @@ def test_samples_refuses_a_damaged_file(urlvr, run, file, content):
     outcome = urlvr("samples", damaged(run, file, content), "--step", step)
     assert outcome.code == 2
     assert file in outcome.err
+
+
+@pytest.mark.parametrize("command", [("report",), ("collapse",), ("theory", "--steps", "2")])
+def test_results_that_cannot_be_written_are_said_not_to_be(urlvr, run, tmp_path, command):
+    (tmp_path / "file").touch()
+    arguments = [command[0], *([run.path] if command[0] != "theory" else []), *command[1:]]
+    outcome = urlvr(*arguments, "--out", tmp_path / "file" / "out.json")
+    assert outcome.code == 2
+    assert f"--out {tmp_path / 'file' / 'out.json'} cannot be written" in outcome.err
+
+
+def test_data_select_looks_at_its_output_before_it_samples(urlvr, config_file, tmp_path):
+    outcome = urlvr("data", "select", config_file, "--out", tmp_path)
+    assert outcome.code == 2
+    assert f"--out {tmp_path} is a folder" in outcome.err
