@@ -36,11 +36,6 @@ def check(
     ]
 
 
-def data_parallel_size(config: Config, world_size: int) -> int:
-    """Data-parallel replicas of a config that `check` finds nothing wrong with."""
-    return world_size // (config.parallel.tp * config.parallel.pp)
-
-
 def _device(config: Config, device: str) -> Iterator[str]:
     if config.run.device == "cuda" and device == "cpu":
         yield "run.device = 'cuda', but torch sees no CUDA device: set run.device=auto; `urlvr doctor` says more."

@@ -132,7 +132,7 @@ class GatedOptions(Section):
 
 
 CHECK = "check"
-"""Signal: 1 where a check confirms the answer, `[n]` float32; from the provider `program`, or one of your own."""
+"""Signal: 1 where a check confirms the answer, `[n]` float32; from providers (`checker`, `unit_tests`)."""
 
 
 @register

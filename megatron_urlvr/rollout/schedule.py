@@ -8,7 +8,7 @@ however often it was asked for.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 
@@ -131,7 +131,3 @@ class Schedule:
         place = self.places.get(server)
         if place is not None:
             place.running.discard(job)
-
-    def unassigned(self) -> Sequence[Job]:
-        """Samples that no server has: for messages and tests."""
-        return [*self.retries, *(job for jobs in self.waiting for job in jobs)]

@@ -63,15 +63,6 @@ def source(checkout: Path) -> dict[str, Any]:
     return out
 
 
-def hash_files(paths: Iterable[Path]) -> str:
-    """SHA-256 over the names and contents of files, in the order of their names."""
-    total = hashlib.sha256()
-    for path in sorted(paths, key=lambda item: item.name):
-        with path.open("rb") as file:
-            total.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
-
-
 def _git(checkout: Path, *arguments: str) -> bytes | None:
     try:
         done = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, timeout=30, check=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_urlvr.config.checks import check, data_parallel_size
+from megatron_urlvr.config.checks import check
 from megatron_urlvr.config.loader import load_config
 from megatron_urlvr.rewards import get_reward
 
@@ -114,8 +114,3 @@ def test_a_reward_whose_signal_nothing_provides_is_refused(found, monkeypatch):
     monkeypatch.setattr(get_reward("majority_vote"), "needs", frozenset({"judge"}))
     (sentence,) = found("reward.terms.main.name=majority_vote")
     assert "'majority_vote' (reward.terms.main) needs the signal 'judge', which nothing in this run" in sentence
-
-
-def test_the_number_of_replicas_follows_from_the_processes(write):
-    config = load_config(write(), ["parallel.tp=2", "parallel.pp=2"])
-    assert data_parallel_size(config, 8) == 2
