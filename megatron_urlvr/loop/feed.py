@@ -106,8 +106,9 @@ class Feed:
         return engine.start(prompts, sampling, keep=lambda group: self._keep(step, group))
 
     def _keep(self, step: int, group: Group) -> None:
-        if self.ledger is not None:
-            self.ledger.append(step, group)
+        ledger = self.ledger  # once: `forget_after` may take it away on the main thread meanwhile
+        if ledger is not None:
+            ledger.append(step, group)
 
     def _count(self, name: str, number: int) -> None:
         self.counts[name] = self.counts.get(name, 0.0) + number

@@ -174,12 +174,14 @@ class RunDir:
         write_json(self.status, asdict(Status(state, step, exit_code, reason, _now())))
 
     def read_status(self) -> Status | None:
-        """What `status.json` says; None when there is none."""
-        if not self.status.exists():
+        """What `status.json` says; None when there is none. UnusableInput for a damaged one."""
+        raw = _object(self.status)
+        if not raw:
             return None
-        known = Status.__dataclass_fields__
-        raw = json.loads(self.status.read_text(encoding="utf-8"))
-        return Status(**{key: value for key, value in raw.items() if key in known})
+        try:
+            return Status(**{key: value for key, value in raw.items() if key in Status.__dataclass_fields__})
+        except TypeError as error:
+            raise UnusableInput(f"{self.status} does not say state and step: move it away.") from error
 
     def write_config(self, config: Section) -> None:
         """Replace `config.yaml` by the resolved config, which `load_config` reads back to an equal one."""
@@ -194,10 +196,8 @@ class RunDir:
         write_json(self.provenance, {"launched": _now(), **provenance(hashes), "earlier": earlier})
 
     def read_provenance(self) -> dict[str, Any]:
-        """What `provenance.json` says; empty when there is none."""
-        if not self.provenance.exists():
-            return {}
-        return dict(json.loads(self.provenance.read_text(encoding="utf-8")))
+        """What `provenance.json` says; empty when there is none. UnusableInput for a damaged one."""
+        return _object(self.provenance)
 
     def mark_done(self) -> None:
         self.done.touch()
@@ -205,6 +205,19 @@ class RunDir:
     def clear_done(self) -> None:
         """For a completed run that is continued with more steps."""
         self.done.unlink(missing_ok=True)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; empty when there is no such file. UnusableInput for another content."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UnusableInput(f"{path} is no readable JSON ({error}): it was edited or damaged; move it away.") from error
+    if not isinstance(found, dict):
+        raise UnusableInput(f"{path} holds a {type(found).__name__}, where an object is expected: move it away.")
+    return found
 
 
 def step_name(step: int) -> str:

@@ -16,7 +16,7 @@ import pytest
 from megatron_urlvr.exit_codes import ExitCode, UnusableInput
 from megatron_urlvr.run import folder as module
 from megatron_urlvr.run.folder import RunDir, RunLocked, write_json
-from megatron_urlvr.run.provenance import hash_files, source
+from megatron_urlvr.run.provenance import source
 
 HOLD = textwrap.dedent("""
     import sys
@@ -74,6 +74,14 @@ def test_files_are_where_the_design_says(run):
         "DONE": run.done,
     }
     assert {name: run.path / name for name in inside} == inside
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"step": 3}', b"\xff\xfe"])
+def test_a_damaged_status_is_refused_by_its_name(run, content):
+    run.create()
+    run.status.write_bytes(content)
+    with pytest.raises(UnusableInput, match=r"status\.json"):
+        run.read_status()
 
 
 def test_status_is_read_back_as_it_was_written(run):
@@ -189,14 +197,3 @@ def test_provenance_names_commit_and_uncommitted_changes(tmp_path):
     assert dirty["untracked"] == ["new.py"]
     assert "+a = 2" in dirty["diff"]
     assert len(dirty["diff_sha256"]) == 64
-
-
-def test_a_hash_of_files_depends_on_names_and_contents_alone(tmp_path):
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "x").write_text("1")
-        (tmp_path / folder / "y").write_text("2")
-    first = hash_files((tmp_path / "a").iterdir())
-    assert hash_files([tmp_path / "b/y", tmp_path / "b/x"]) == first
-    (tmp_path / "b/y").write_text("3")
-    assert hash_files((tmp_path / "b").iterdir()) != first
