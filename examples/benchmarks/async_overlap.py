@@ -24,7 +24,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
-from fake_sglang import DiceModel, FakeServer  # noqa: E402
+from fake_models import DiceModel  # noqa: E402
+from fake_sglang import FakeServer  # noqa: E402
 
 from megatron_urlvr.config.loader import load_config  # noqa: E402
 from megatron_urlvr.config.pretrain import PretrainConfig  # noqa: E402

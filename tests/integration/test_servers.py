@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_sglang import DiceModel, FakeServer
+from fake_models import DiceModel
+from fake_sglang import FakeServer
 from small_runs import Command, checkpoints, rows, status
 
 from megatron_urlvr.rollout.ledger import Ledger

@@ -7,95 +7,20 @@ share one event loop on one thread.
 from __future__ import annotations
 
 import asyncio
-import datetime
-import hashlib
 import json
-import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from aiohttp import web
+from fake_faults import sent, spoil
+from fake_models import DiceModel, FakeModel
+from fake_weights import checksums, joined, received
 from safetensors.torch import load_file
-
-FAULTS = (
-    "400",
-    "500",
-    "reset",
-    "truncated",
-    "not_json",
-    "nan",
-    "short_logprobs",
-    "other_token",
-    "outside_vocabulary",
-    "too_many_tokens",
-    "wrong_request",
-    "stale",
-    "abort",
-    "went_on",
-    "hang",
-)
-
-
-class FakeModel(Protocol):
-    """What generates behind the API."""
-
-    def generate(self, ids: list[int], params: dict[str, Any]) -> tuple[list[int], list[float]]: ...
-
-    def load(self, tensors: dict[str, torch.Tensor]) -> None: ...
-
-
-class DiceModel:
-    """Tokens at random, ended by the stop token in a quarter of the draws: no arithmetic, for tests of faults."""
-
-    def __init__(self, vocab_size: int = 21, seed: int = 0) -> None:
-        self.vocab_size, self.random = vocab_size, random.Random(seed)
-
-    def generate(self, ids: list[int], params: dict[str, Any]) -> tuple[list[int], list[float]]:
-        stops = params.get("stop_token_ids", [0])
-        others = [token for token in range(self.vocab_size) if token not in stops]
-        tokens: list[int] = []
-        while len(tokens) < params["max_new_tokens"] and not (tokens and tokens[-1] in stops):
-            tokens.append(self.random.choice(stops) if self.random.random() < 0.25 else self.random.choice(others))
-        return tokens, [-self.random.random() for _ in tokens]
-
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        pass
-
-
-class TransformersModel:
-    """A transformers model, forward by forward without a cache."""
-
-    def __init__(self, folder: Path, seed: int = 0) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self.generator = torch.Generator().manual_seed(seed)
-
-    @torch.no_grad()
-    def generate(self, ids: list[int], params: dict[str, Any]) -> tuple[list[int], list[float]]:
-        greedy = params["temperature"] == 0
-        tokens: list[int] = []
-        logps: list[float] = []
-        while len(tokens) < params["max_new_tokens"] and not (tokens and tokens[-1] in params["stop_token_ids"]):
-            logits = self.model(torch.tensor([ids + tokens])).logits[0, -1]
-            logp = (logits if greedy else logits / params["temperature"]).log_softmax(-1)
-            token = int(logp.argmax() if greedy else torch.multinomial(logp.exp(), 1, generator=self.generator))
-            tokens.append(token)
-            logps.append(float(logp[token]))
-        return tokens, logps
-
-    @torch.no_grad()
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        named = dict(self.model.named_parameters())
-        for name, tensor in tensors.items():
-            if name in named:  # a tied head comes under both names
-                named[name].copy_(tensor)
 
 
 class _Loop:
@@ -183,7 +108,7 @@ class FakeServer:
             "/begin_weight_update": self._begin,
             "/end_weight_update": self._end,
             "/update_weights_from_distributed": self._from_group,
-            "/weights_checker": self._checksums,
+            "/weights_checker": self._checker,
         }
         application.add_routes([web.post(path, handler) for path, handler in posts.items()])
         application.add_routes(
@@ -244,7 +169,8 @@ class FakeServer:
             if len(ids) >= self.context:
                 return web.json_response({"error": {"message": "longer than the context"}}, status=400)
             answer = await self._respond(body)
-            return await self._spoilt(request, fault, answer, params)
+            spoil(fault, answer, params, self.vocab_size)
+            return await sent(request, fault, answer)
         finally:
             self._running -= 1
 
@@ -305,51 +231,6 @@ class FakeServer:
             },
         }
 
-    async def _spoilt(
-        self, request: web.Request, fault: str | None, answer: dict[str, Any], params: dict[str, Any]
-    ) -> web.StreamResponse:
-        tokens, meta = answer["output_ids"], answer["meta_info"]
-        entries = meta["output_token_logprobs"]
-        if fault == "nan":
-            entries[-1][0] = float("nan")
-        elif fault == "short_logprobs":
-            entries.pop()
-        elif fault == "other_token":
-            entries[0][1] += 1
-        elif fault == "outside_vocabulary":
-            tokens[0] = entries[0][1] = self.vocab_size
-        elif fault == "too_many_tokens":
-            extra = params["max_new_tokens"] + 1 - len(tokens)
-            tokens.extend([0] * extra)
-            entries.extend([[-1.0, 0, None]] * extra)
-            meta["completion_tokens"] = len(tokens)
-        elif fault == "wrong_request":
-            meta["id"] = "somebody else's"
-        elif fault == "stale":
-            meta["weight_version"] = "older"
-        elif fault == "abort":
-            meta["finish_reason"] = {"type": "abort", "message": "Aborted"}
-            del tokens[len(tokens) // 2 :], entries[len(entries) // 2 :]
-            meta["completion_tokens"], meta["weight_versions"] = len(tokens), []
-        elif fault == "went_on":
-            tokens.insert(0, params["stop_token_ids"][0])
-            entries.insert(0, [-1.0, tokens[0], None])
-            del tokens[params["max_new_tokens"] :], entries[params["max_new_tokens"] :]
-            meta["completion_tokens"] = len(tokens)
-            if len(tokens) == 1:
-                meta["finish_reason"] = {"type": "abort"}
-        text = json.dumps(answer)
-        if fault == "not_json":
-            text = text[: len(text) // 2]
-        if fault == "truncated":
-            response = web.StreamResponse(headers={"Content-Length": str(len(text)), "Content-Type": "text/json"})
-            await response.prepare(request)
-            await response.write(text[: len(text) // 2].encode())
-            assert request.transport is not None
-            request.transport.close()
-            return response
-        return web.Response(text=text, content_type="application/json")
-
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(status=503 if self.sick else 200)
 
@@ -397,16 +278,8 @@ class FakeServer:
             return _refused("Weights were updated, but the cache was not flushed.")
         return _done()
 
-    async def _checksums(self, request: web.Request) -> web.Response:
-        """Of the tensors that were loaded, joined and padded as SGLang has them."""
-        held = dict(self.held)
-        for joined, parts in (("qkv_proj", ["q_proj", "k_proj", "v_proj"]), ("gate_up_proj", ["gate_proj", "up_proj"])):
-            for name in [name for name in held if parts[0] in name]:
-                held[name.replace(parts[0], joined)] = torch.cat([held.pop(name.replace(parts[0], p)) for p in parts])
-        for name in held.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
-            held[name] = torch.nn.functional.pad(held[name], (0, 0, 0, -len(held[name]) % 64))
-        found = {name: hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()[:16] for name, t in held.items()}
-        return web.json_response({"success": True, "message": "", "ranks": [{"checksums": found}]})
+    async def _checker(self, request: web.Request) -> web.Response:
+        return web.json_response({"success": True, "message": "", "ranks": [{"checksums": checksums(self.held)}]})
 
     def _take(self, tensors: dict[str, torch.Tensor]) -> None:
         self.held |= tensors
@@ -426,7 +299,7 @@ class FakeServer:
         body = await request.json()
         if body["group_name"] in self._groups:
             return _refused("group exists")
-        self._groups[body["group_name"]] = await self._threaded(_member, body)
+        self._groups[body["group_name"]] = await self._threaded(joined, body)
         return _done()
 
     async def _leave_group(self, request: web.Request) -> web.Response:
@@ -440,7 +313,7 @@ class FakeServer:
         body = await request.json()
         if not self._updating:
             return _refused("must run between begin_weight_update and end_weight_update")
-        self._take(await self._threaded(_receive, self._groups[body["group_name"]], body))
+        self._take(await self._threaded(received, self._groups[body["group_name"]], body))
         if body.get("weight_version"):
             self.label = body["weight_version"]
             self.labels.append(self.label)
@@ -453,31 +326,3 @@ def _done() -> web.Response:
 
 def _refused(why: str) -> web.Response:
     return web.json_response({"success": False, "message": why}, status=400)
-
-
-def _member(body: dict[str, Any]) -> Any:
-    """Join as another process would; the registry of groups belongs to the trainer, which is in this process."""
-    timeout = datetime.timedelta(seconds=10)
-    store = dist.TCPStore(body["master_address"], body["master_port"], is_master=False, timeout=timeout)
-    for prefix in (body["group_name"], f"{body['group_name']}/", "cpu/"):
-        store = dist.PrefixStore(prefix, store)
-    return dist.ProcessGroupGloo(store, body["rank_offset"], body["world_size"], timeout)
-
-
-def _receive(group: Any, body: dict[str, Any]) -> dict[str, torch.Tensor]:
-    kinds = [getattr(torch, name) for name in body["dtypes"]]
-    sizes = [torch.Size(shape).numel() * kind.itemsize for shape, kind in zip(body["shapes"], kinds, strict=True)]
-    options = dist.BroadcastOptions()
-    options.rootRank = 0
-    if "load_format" not in body:
-        found = [torch.empty(shape, dtype=kind) for shape, kind in zip(body["shapes"], kinds, strict=True)]
-        for work in [group.broadcast([each], options) for each in found]:
-            work.wait()
-        return dict(zip(body["names"], found, strict=True))
-    flat = torch.empty(sum(sizes), dtype=torch.uint8)
-    group.broadcast([flat], options).wait()
-    parts = flat.split(sizes)
-    return {
-        name: part.view(kind).reshape(shape)
-        for name, part, kind, shape in zip(body["names"], parts, kinds, body["shapes"], strict=True)
-    }

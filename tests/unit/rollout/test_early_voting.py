@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_sglang import DiceModel, FakeServer
+from fake_models import DiceModel
+from fake_sglang import FakeServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from server_contract import engine_for, prompts, push

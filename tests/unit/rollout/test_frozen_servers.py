@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_sglang import FakeServer, TransformersModel
+from fake_models import TransformersModel
+from fake_sglang import FakeServer
 from tiny_models import write_qwen2
 
 from megatron_urlvr.config.servers import PoolSection, ServersSection

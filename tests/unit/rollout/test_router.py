@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_sglang import DiceModel, FakeServer
+from fake_models import DiceModel
+from fake_sglang import FakeServer
 from server_contract import engine_for, prompts, push
 
 from megatron_urlvr.config.servers import ServersSection

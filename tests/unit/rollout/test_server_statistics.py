@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from fake_sglang import DiceModel, FakeServer
+from fake_models import DiceModel
+from fake_sglang import FakeServer
 from server_contract import engine_for, prompts, push
 
 from megatron_urlvr.config.checks import check

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_sglang import FakeServer, TransformersModel
+from fake_models import TransformersModel
+from fake_sglang import FakeServer
 from server_contract import VOCAB, ServerContract, Target
 from tiny_models import write_qwen2
 

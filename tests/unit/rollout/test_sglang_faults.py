@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from fake_sglang import FAULTS, DiceModel, FakeServer
+from fake_faults import FAULTS
+from fake_models import DiceModel
+from fake_sglang import FakeServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from server_contract import engine_for, prompts, push

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_sglang import DiceModel, FakeServer
+from fake_models import DiceModel
+from fake_sglang import FakeServer
 from safetensors.torch import load_file
 from server_contract import engine_for, push
 from tiny_models import write_qwen2

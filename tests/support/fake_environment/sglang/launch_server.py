@@ -13,7 +13,8 @@ import yaml
 def main() -> None:
     if os.environ.get("FAKE_FAILS"):
         sys.exit("this server never starts")
-    from fake_sglang import DiceModel, FakeServer, TransformersModel
+    from fake_models import DiceModel, TransformersModel
+    from fake_sglang import FakeServer
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int)
