@@ -28,7 +28,7 @@ PANEL = (4.1, 3.1)
 """Width and height of one panel, inches."""
 HEADING = 0.3
 """Height of a figure's heading, inches."""
-_WRAP = 20
+_WRAP = 23
 _LABEL_SIZE = 8.5
 
 
@@ -74,16 +74,28 @@ class EndLabel:
 
 
 class Styles:
-    """Colour and line style of every series, the same in all figures of a report."""
+    """Name, colour and line style of every series, the same in all figures of a report.
 
-    def __init__(self, series: Sequence[Series]) -> None:
-        self._index = {id(item): index for index, item in enumerate(series)}
+    In a study of several bases by several settings, a panel of one base names and colours its settings, alike in all
+    of them, and a panel of one reward its bases (`by_base`).
+    """
+
+    def __init__(self, series: Sequence[Series], name: Callable[[Series], str] | None = None) -> None:
+        self.grouped = any(item.within_base for item in series)
+        self._series = series
+        self.name = name or (lambda item: item.within_base or item.label)
+        self._index = {name: index for index, name in enumerate(dict.fromkeys(map(self.name, series)))}
+
+    @property
+    def by_base(self) -> Styles:
+        """For panels whose series differ in their base; the same styles where the study is not grouped."""
+        return Styles(self._series, lambda item: item.base) if self.grouped else self
 
     def colour(self, series: Series) -> str:
-        return COLOURS[self._index[id(series)] % len(COLOURS)]
+        return COLOURS[self._index[self.name(series)] % len(COLOURS)]
 
     def line(self, series: Series) -> object:
-        return LINES[self._index[id(series)] // len(COLOURS) % len(LINES)]
+        return LINES[self._index[self.name(series)] // len(COLOURS) % len(LINES)]
 
 
 def accuracy_panels(series: Sequence[Series], eval_set: str, styles: Styles) -> list[Panel]:
@@ -130,6 +142,7 @@ def base_scores(members: Sequence[Series], eval_set: str) -> dict[str, float]:
 
 def proxy_panels(series: Sequence[Series], styles: Styles, *, unsupervised_only: bool = False) -> list[Panel]:
     """One panel a reward: rewards have different units, so only runs of one reward share an axis."""
+    styles = styles.by_base
     shown = [item for item in series if item.curves("reward/proxy")]
     if unsupervised_only and any(not item.supervised for item in shown):
         shown = [item for item in shown if not item.supervised]
@@ -169,7 +182,7 @@ def _draw_series(axes: Axes, item: Series, metric: str, styles: Styles, band: st
         return []
     marker = "o" if len(mean) == 1 else None
     axes.plot(mean.steps, mean.values, color=colour, linestyle=line, linewidth=1.9, marker=marker, zorder=3)
-    return [EndLabel(item.label, float(mean.values[-1]), colour)]
+    return [EndLabel(styles.name(item), float(mean.values[-1]), colour)]
 
 
 def render(picture: Caption, panels: Sequence[Panel], *, columns: int = 3, heading: str = "") -> Picture | None:

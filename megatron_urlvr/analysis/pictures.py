@@ -78,7 +78,12 @@ def report_pictures(
 
 
 def _overview(series: Sequence[Series], eval_set: str, styles: Styles, title: str) -> Picture | None:
-    panels = accuracy_panels(series, eval_set, styles) + proxy_panels(series, styles, unsupervised_only=True)
+    panels = accuracy_panels(series, eval_set, styles)
+    if styles.grouped:  # a panel a reward would make it a wall of panels: they have a figure of their own
+        alt = f"Line charts. {_accuracy_alt(series, eval_set)}"
+        caption = Caption("overview", "Held-out accuracy", _accuracy_text(series), alt)
+        return render(caption, panels, columns=2, heading=title)
+    panels += proxy_panels(series, styles, unsupervised_only=True)
     alt = f"Line charts. {_accuracy_alt(series, eval_set)}. Reward: {_metric_alt(series, 'reward/proxy')}"
     text = f"{_accuracy_text(series)} Each reward has its own unit, and so its own axis."
     return render(Caption("overview", "Held-out accuracy and proxy reward", text, alt), panels, heading=title)
@@ -97,9 +102,17 @@ def _rewards(series: Sequence[Series], styles: Styles) -> Picture | None:
 
 
 def _detail(series: Sequence[Series], detail: Detail, styles: Styles) -> Picture | None:
-    panel = Panel(detail.title, detail.subtitle, metric_drawer(series, detail.metric, styles), detail.share)
+    """One panel; in a study of several bases by several settings one for each base."""
+    parts = {detail.title: list(series)}
+    if styles.grouped:
+        bases = dict.fromkeys(item.base for item in series)
+        parts = {f"{detail.title}, {base}": [item for item in series if item.base == base] for base in bases}
+    panels = [
+        Panel(title, detail.subtitle, metric_drawer(members, detail.metric, styles), detail.share)
+        for title, members in parts.items()
+    ]
     alt = f"Line chart: {_metric_alt(series, detail.metric)}"
-    return render(Caption(detail.name, detail.title, detail.caption, alt), [panel])
+    return render(Caption(detail.name, detail.title, detail.caption, alt), panels, columns=2)
 
 
 def _accuracy_text(series: Sequence[Series]) -> str:

@@ -142,6 +142,8 @@ class Series:
     runs: list[RunRecord]
     base: str = ""
     """Name of the policy the runs start from; empty: the last part of `model.path`."""
+    within_base: str = ""
+    """Name beside other series of the same base, in a study that varies both; empty: the label."""
 
     def __post_init__(self) -> None:
         self.base = self.base or self.runs[0].base

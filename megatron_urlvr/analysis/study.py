@@ -19,7 +19,7 @@ from megatron_urlvr.config.loader import load_config, to_yaml
 from megatron_urlvr.config.pretrain import PretrainConfig
 from megatron_urlvr.config.root import Config
 from megatron_urlvr.config.study import StudyConfig, StudyRun
-from megatron_urlvr.exit_codes import ExitCode, UnusableInput
+from megatron_urlvr.exit_codes import DISK_FULL, ExitCode, UnusableInput
 from megatron_urlvr.run.folder import RunDir, write_text
 
 from .progress import job_watcher
@@ -73,7 +73,7 @@ def run_study(config: StudyConfig, path: Path, jobs: int | None = None, *, cli: 
     runs failed, 75 when a signal ended it early. Raises UnusableInput before anything is started."""
     plan = plan_study(config, path)
     folder = Path(config.dir)
-    write_text(_made(folder) / "study.yaml", to_yaml(config))
+    _keep(config, folder)
     waiting = [run for run in plan.runs if not is_done(run)]
     if skipped := len(plan.runs) - len(waiting):
         print(f"{skipped} of {len(plan.runs)} runs are done already", flush=True)
@@ -259,12 +259,13 @@ class _MissingSnapshot:
 
 def study_series(config: StudyConfig, plan: Plan) -> list[Series]:
     """One series a run of the study, with its replicates; runs that never began are left out."""
-    out = []
+    out, within = [], config.labels_within_base()
     for name, spec in config.all_runs().items():
         began = [run for run in plan.runs if run.run == name and RunDir(run.folder).config.exists()]
         if began:
             records = [load_run(run.folder) for run in began]
-            out.append(Series(spec.label or name, records, base=_base_name(config, spec)))
+            label = spec.label or name
+            out.append(Series(label, records, base=_base_name(config, spec), within_base=within.get(name, "")))
     return out
 
 
@@ -306,9 +307,12 @@ def _report(config: StudyConfig, plan: Plan, failed: Mapping[str, Outcome]) -> N
     print(f"TensorBoard  tensorboard --logdir {folder / 'runs'}", flush=True)
 
 
-def _made(folder: Path) -> Path:
+def _keep(config: StudyConfig, folder: Path) -> None:
+    """Make the study's folder, with the resolved study in it. UnusableInput where it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "study.yaml", to_yaml(config))
     except OSError as error:
-        raise UnusableInput(f"dir = {str(folder)!r} cannot be made a folder: {error.strerror}.") from error
-    return folder
+        if error.errno in DISK_FULL:
+            raise
+        raise UnusableInput(f"dir = {str(folder)!r} cannot be written: {error.strerror}.") from error

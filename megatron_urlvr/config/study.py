@@ -94,6 +94,19 @@ class StudyConfig(Section):
             )
         return out
 
+    def labels_within_base(self) -> dict[str, str]:
+        """Names of the grid's runs beside others from the same base: without the parts of axes that choose the base.
+        Empty where no axis does."""
+        rest = [not any(point.base for point in axis.values()) for axis in self.grid]
+        if all(rest) or not any(rest):
+            return {}
+        return {
+            ".".join(name for name, _ in values): ", ".join(
+                point.label or name for (name, point), kept in zip(values, rest, strict=True) if kept
+            )
+            for values in itertools.product(*(axis.items() for axis in self.grid))
+        }
+
     @rule("runs", "grid")
     def _something_to_run(self) -> str | None:
         if empty := [number for number, axis in enumerate(self.grid) if not axis]:

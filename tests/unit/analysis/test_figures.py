@@ -89,6 +89,23 @@ def test_the_alt_text_tells_every_curve_in_numbers(three, pictures):
         assert f"{proxy[-1]:.2f} at step 100" in pictures[0].alt
 
 
+def test_a_study_of_bases_by_settings_names_and_colours_settings_alike_in_every_bases_panel(three):
+    runs = three[0].runs
+    series = [
+        Series(f"{base}, {setting}", runs, base=f"{base}/weak", within_base=setting)
+        for base in ("planted", "clean")
+        for setting in ("vote", "truth")
+    ]
+    styles = Styles(series)
+    assert [styles.name(item) for item in series] == ["vote", "truth", "vote", "truth"]
+    assert [styles.colour(item) for item in series] == [*COLOURS[:2], *COLOURS[:2]]
+    assert [styles.by_base.name(item) for item in series] == ["planted/weak"] * 2 + ["clean/weak"] * 2
+    overview, _, details = report_pictures(series, ["held_out"], styles, "Two by two")
+    width, height = Image.open(io.BytesIO(details[0].png)).size
+    assert width > 1.5 * height, "a panel for each of the two bases"
+    assert "planted, vote" in overview.alt
+
+
 def test_a_figure_is_the_same_bytes_when_made_again(three):
     panels = accuracy_panels(three, "held_out", Styles(three))[1:]
     first, second = (render(Caption("name", "title", "text", "alt"), panels).png for _ in range(2))

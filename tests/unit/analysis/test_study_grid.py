@@ -52,6 +52,7 @@ def test_every_combination_is_run_under_the_seeds_of_its_values(study: Path):
     assert by_key["one.vote/seed1"].config.run.seed == 1
     assert "biased" in " ".join(by_key["other.vote/seed7"].base.arguments)
     assert config.all_runs()["one.vote"].label == "plain, vote"
+    assert config.labels_within_base() == {key: key.split(".")[1] for key in config.all_runs()}
 
 
 @pytest.mark.parametrize(
