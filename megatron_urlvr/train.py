@@ -90,6 +90,7 @@ class Trainer:
         if self.completed is None:
             self.complete(self.evaluator.run(0))
         while self.step < self.config.run.steps:
+            self.files.commit(wait=False)
             self.keep_snapshot()
             started = time.perf_counter()
             metrics = self.take_step(self.step + 1)
@@ -102,7 +103,7 @@ class Trainer:
             self.complete(metrics | self.timings(metrics["tokens/step"], time.perf_counter() - started))
             every = self.config.checkpoint.every
             if every and self.step % every == 0:
-                self.save()
+                self.save(wait=not self.config.checkpoint.background)
             self.watch.act()
         self.save()
 
@@ -182,10 +183,11 @@ class Trainer:
         self.completed |= {"watch": self.watch.state_dict()}
         self.untouched = True
 
-    def save(self) -> None:
-        """A checkpoint after the last completed step. Called only where the weights are those of that step."""
+    def save(self, *, wait: bool = True) -> None:
+        """A checkpoint after the last completed step. Called only where the weights are those of that step. Without
+        `wait` it is written while the next steps are taken."""
         assert self.completed is not None, "there is nothing to save before step 0 is complete"
-        self.files.save(self.parts.policy, self.completed)
+        self.files.save(self.parts.policy, self.completed, wait=wait)
 
     def keep_snapshot(self) -> None:
         """Weights to roll back to, where `monitor.collapse` asks for them."""

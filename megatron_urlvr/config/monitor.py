@@ -58,3 +58,6 @@ class CheckpointSection(Section):
     """Save each so many steps; 0 only at the end and on signals."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
+    background: bool = False
+    """Write the checkpoints of `every` while training goes on, from a copy in host memory. The last one, and that of a
+    signal, are waited for."""

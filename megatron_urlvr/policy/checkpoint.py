@@ -9,31 +9,33 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import queue
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.storage import WriteResult
 
 from ..distributed.layout import broadcast_json, gather_json
 from .contents import METADATA, fingerprint, load_rng, save_rng, sharded_state, sizes
-from .integrity import MANIFEST, verify, write_manifest
+from .integrity import MANIFEST, Entry, verify, write_manifest
 from .optimizer_faults import prepare_for_load
 from .policy import Policy
+from .writing import Part, plan
 
 TRAINER = "trainer.json"
 _NAME = re.compile(r"step_(\d{6,})")
 
-# Saving waits for the files, so that the writer's results can be handed over within this process. For that Megatron
-# starts a manager process (0.16.1), which costs seconds, and which lives on when the trainer is killed.
-filesystem_async._get_write_results_queue = queue.Queue
+T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
@@ -58,43 +60,113 @@ def save(policy: Policy, folder: Path, step: int, trainer: dict[str, Any], *, ke
 
     Raises CheckpointError on every rank when any rank failed to write; older checkpoints are then untouched.
     """
-    layout = policy.layout
-    final, temporary = folder / checkpoint_name(step), folder / f".{checkpoint_name(step)}.writing"
-    problem = ""
-    if layout.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return Saving(policy, folder, step, trainer, keep=keep, copy=False).finish()
+
+
+class Saving:
+    """A checkpoint that is being written. What is not said otherwise is collective, and raises CheckpointError on every
+    rank when any rank fails to write; older checkpoints are then untouched.
+
+    Its files are written by threads; nobody takes it for a checkpoint before `finish`.
+    """
+
+    def __init__(
+        self, policy: Policy, folder: Path, step: int, trainer: dict[str, Any], *, keep: int, copy: bool = True
+    ) -> None:
+        """Begin to write the checkpoint after `step`. `copy`: from copies in host memory, so that the policy may be
+        trained on meanwhile; without, it must not change before `finish`."""
+        self.step, self.path = step, folder / checkpoint_name(step)
+        self._policy, self._keep = policy, keep
+        self._temporary = folder / f".{checkpoint_name(step)}.writing"
+        self._trainer = json.dumps(trainer)
+        stepped = policy.optimizer is not None and policy.optimizer.stepped
+        self._manifest = {"step": step, "stepped": stepped, "layout": sizes(policy), "model": fingerprint(policy)}
+        self._part: Part | None = None
+        self._on_main(self._make_folder)
+        sharded: dict[str, Any] = self._everywhere(self._write_common)
+        self._everywhere(lambda: self._begin(sharded, copy=copy))
+
+    def written(self) -> bool:
+        """Whether `finish` would not have to wait: all ranks have written their parts, or failed to."""
+        assert self._part is not None
+        return not any(gather_json(self._part.busy, self._policy.layout.control))
+
+    def finish(self) -> Path:
+        """Wait for the files, give the checkpoint its name, and drop all but the newest `keep`; returns where it is."""
+        assert self._part is not None
+        mine = self._everywhere(self._part.wait), self._part.files
+        everyone = _gathered_on_main(mine, self._policy)
+        self._on_main(lambda: self._commit(everyone))
+        return self.path
+
+    def abandon(self) -> None:
+        """Write no further. Not collective; what was written stays behind under its temporary name."""
+        if self._part is not None:
+            self._part.stop()
+
+    def _make_folder(self) -> None:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+
+    def _write_common(self) -> dict[str, Any]:
+        """Write what is not sharded; returns the rest."""
+        state = sharded_state(self._policy) | {"content_metadata": dict(METADATA)}
+        sharded, common = save_preprocess(state)
+        if self._policy.layout.is_main:
+            torch.save(common, self._temporary / COMMON_STATE_FNAME)
+        save_rng(self._temporary, self._policy.layout.rank)
+        return dict(sharded)
+
+    def _begin(self, sharded: dict[str, Any], *, copy: bool) -> None:
+        self._part = plan(sharded, self._temporary)
+        if copy:
+            self._part.copy()
+        self._part.start()
+
+    def _commit(self, everyone: list[tuple[list[WriteResult], dict[str, Entry]]]) -> None:
+        assert self._part is not None
+        self._part.write_index(self._temporary, [results for results, _ in everyone])
+        (self._temporary / TRAINER).write_text(self._trainer)
+        known = {name: entry for _, files in everyone for name, entry in files.items()}
+        write_manifest(self._temporary, known, **self._manifest)
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.replace(self._temporary, self.path)
+        for _, old in list_checkpoints(self.path.parent)[self._keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _on_main(self, work: Callable[[], None]) -> None:
+        """Do `work` on the first rank."""
+        self._everywhere(work if self._policy.layout.is_main else lambda: None)
+
+    def _everywhere(self, work: Callable[[], T]) -> T:
+        """Do `work` on every rank; what fails on one of them is raised on all."""
+        problem, done = "", None
         try:
-            temporary.mkdir(parents=True)
-        except OSError as error:
-            problem = str(error)
-    problem = _agree(policy, problem)
-    if not problem:
-        try:
-            dist_checkpointing.save(sharded_state(policy), str(temporary), content_metadata=dict(METADATA))
-            save_rng(temporary, layout.rank)
+            done = work()
         except CheckpointException as error:  # of all ranks that failed; torch makes it a BaseException
             problem = "; ".join(f"rank {rank}: {wrapped[0]}" for rank, wrapped in error.failures.items())
-        except Exception as error:  # the writer's processes report every kind of error; all of them mean "not saved"
-            problem = f"{type(error).__name__}: {error}"
-    problem = _agree(policy, problem)
-    if not problem and layout.is_main:
-        try:
-            (temporary / TRAINER).write_text(json.dumps(trainer))
-            _describe(temporary, policy, step)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-            for _, old in list_checkpoints(folder)[keep:]:
-                shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             problem = str(error)
-    problem = _agree(policy, problem)
-    if problem:
-        if layout.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"could not write checkpoint {final}: {problem}; checkpoints written before it are intact"
-        )
-    return final
+        except Exception as error:  # Megatron checks every kind of thing; all of it means "not saved"
+            problem = f"{type(error).__name__}: {error}"
+        if problem := _agree(self._policy, problem):
+            self.abandon()
+            if self._policy.layout.is_main:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            raise CheckpointError(
+                f"could not write checkpoint {self.path}: {problem}; checkpoints written before it are intact"
+            )
+        return cast(T, done)
+
+
+def _gathered_on_main(value: T, policy: Policy) -> list[T]:
+    """Every rank's value, in rank order, on the first rank; nothing elsewhere."""
+    layout = policy.layout
+    if layout.world_size == 1:
+        return [value]
+    found: list[Any] = [None] * layout.world_size if layout.is_main else []
+    dist.gather_object(value, found if layout.is_main else None, dst=0, group=layout.control)
+    return found
 
 
 def load(policy: Policy, path: Path) -> dict[str, Any]:
@@ -145,11 +217,6 @@ def newest_intact(policy: Policy, folder: Path) -> tuple[Path | None, list[str]]
             found[1].append(problem)
     chosen, problems = broadcast_json(found, source=0, group=policy.layout.control)
     return (None if chosen is None else Path(chosen)), problems
-
-
-def _describe(folder: Path, policy: Policy, step: int) -> None:
-    stepped = policy.optimizer is not None and policy.optimizer.stepped
-    write_manifest(folder, step=step, stepped=stepped, layout=sizes(policy), model=fingerprint(policy))
 
 
 def _agree(policy: Policy, problem: str) -> str:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 HASHED_BELOW = 64 << 20
 """Files up to this size are verified by SHA-256, larger ones by size."""
+Entry = dict[str, Any]
+"""A file in the manifest: `bytes`, and `sha256` of those that are hashed."""
 
 # What torch's checkpoint index is made of. It is a pickle, which may name any function and call it: one that names
 # anything else is refused, and nothing in it is called to find out.
@@ -125,14 +128,20 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path, **fields: Any) -> None:
-    """Write the manifest of the files in `folder`, which are made durable first. `fields` are kept beside them."""
+def write_manifest(folder: Path, known: Mapping[str, Entry], **fields: Any) -> None:
+    """Write the manifest of the files in `folder`. Those that are not `known` are made durable and hashed first;
+    `fields` are kept beside them."""
     files = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        entry: dict[str, Any] = {"bytes": file.stat().st_size}
-        if entry["bytes"] <= HASHED_BELOW:
-            entry["sha256"] = sha256(file)
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-        files[str(file.relative_to(folder))] = entry
+        name = str(file.relative_to(folder))
+        if name not in known:
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        files[name] = known[name] if name in known else entry_of(file)
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, **fields, "files": files}, indent=1))
+
+
+def entry_of(file: Path) -> Entry:
+    """What the manifest says of a file: its size, and its hash where it is not too large for one."""
+    size = file.stat().st_size
+    return {"bytes": size} | ({"sha256": sha256(file)} if size <= HASHED_BELOW else {})

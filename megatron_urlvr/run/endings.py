@@ -34,6 +34,7 @@ def run_to_its_end(trainer: Trainer) -> int:
     """Run; returns the exit code. UnusableInput and what nobody foresaw are recorded and raised again."""
     try:
         ending = _ending_of(trainer)
+        trainer.files.commit()
     except BaseException as error:
         ending, foreseen = _failure(error)
         _record(trainer, ending)

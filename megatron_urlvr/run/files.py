@@ -62,6 +62,8 @@ class RunFiles:
         """status.json says `running`, or how this very process or another rank ended."""
         self._saved: int | None = None
         """Step of the newest checkpoint that this process wrote or restored."""
+        self._saving: checkpoint.Saving | None = None
+        """What is being written in the background."""
 
     @classmethod
     @contextmanager
@@ -82,6 +84,7 @@ class RunFiles:
             if problem:
                 raise UnusableInput(problem)
             stack.callback(files._close_writers)
+            stack.callback(files._abandon)
             yield files
 
     def _from_main(self, value: Any) -> Any:
@@ -209,22 +212,41 @@ class RunFiles:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def save(self, policy: Policy, state: Mapping[str, Any]) -> None:
-        """A checkpoint after `state["step"]`, unless it is there already. CheckpointError when it cannot be written.
+    def save(self, policy: Policy, state: Mapping[str, Any], *, wait: bool = True) -> None:
+        """A checkpoint after `state["step"]`, unless it is there already. CheckpointError when it, or one that was
+        still being written, cannot be written. Without `wait` it is there once `commit` finds it complete.
 
         `state["labels"]`, this replica's uses of labels, is kept for each replica.
         """
+        self.commit()
         step = int(state["step"])
         if self._saved == step:
             return
         trainer = {**state, "labels": gather_from_leaders(state["labels"], self.layout)}
-        checkpoint.save(policy, self.folder.checkpoints, step, trainer, keep=self.config.checkpoint.keep)
+        folder, keep = self.folder.checkpoints, self.config.checkpoint.keep
+        if wait:
+            checkpoint.save(policy, folder, step, trainer, keep=keep)
+            self._has_saved(step)
+        else:
+            self._saving = checkpoint.Saving(policy, folder, step, trainer, keep=keep)
+
+    def commit(self, *, wait: bool = True) -> None:
+        """Make a checkpoint of what is being written in the background, if anything is: now, or without `wait` only
+        when all ranks have written it. CheckpointError when one of them could not."""
+        if self._saving is None or not (wait or self._saving.written()):
+            return
+        saving, self._saving = self._saving, None
+        saving.finish()
+        self._has_saved(saving.step)
+
+    def _has_saved(self, step: int) -> None:
         self._saved = step
         if self.ledger is not None:  # the oldest checkpoint may be the one to go on from
             self.ledger.forget(checkpoint.list_checkpoints(self.folder.checkpoints)[-1][0])
 
     def set_aside_after(self, step: int) -> None:
         """Rename the checkpoints after `step` to `collapsed_...`: the run was rolled back to it."""
+        self.commit()
         if self.layout.is_main:
             self._set_aside_after(step, "collapsed")
         self._saved = None
@@ -250,6 +272,11 @@ class RunFiles:
         if state == "done":
             self.folder.mark_done()
         self.folder.write_status(state, step, exit_code=exit_code, reason=reason)
+
+    def _abandon(self) -> None:
+        """Give up what is still being written in the background: the run has come to an end that ranks do not share."""
+        if self._saving is not None:
+            self._saving.abandon()
 
     def _close_writers(self) -> None:
         try:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from layout_cases import Case, Seen, config_of, hand_on, make_cases, observe, sampling_config, write_families
+from checkpoint_cases import CHAIN, CHAIN_OF_FOUR, hand_on
+from layout_cases import Case, Observed, Seen, config_of, make_cases, observe, sampling_config, write_families
 
 from megatron_urlvr.train import main as train
 
@@ -27,7 +28,13 @@ LAUNCHES: list[dict[str, dict[str, Any]]] = [
         "dp2_plain": {"dp": 2, "distributed_optimizer": False},
     },
 ]
-"""Layouts by name, for each group of processes: starting Python costs more than the checks."""
+"""Layouts of two processes by name, for each start of them: starting Python costs more than the checks."""
+OF_FOUR: dict[str, dict[str, Any]] = {
+    "tp2_pp2": {"tp": 2, "pp": 2, "sequence_parallel": True},
+    "tp2_dp2": {"tp": 2},
+    "pp2_dp2": {"pp": 2},
+}
+"""Layouts of four."""
 
 
 @pytest.fixture(scope="session")
@@ -71,16 +78,33 @@ def launched(
         if name not in folders:
             group = next(group for group in LAUNCHES if name in group)
             out = tmp_path_factory.mktemp("_".join(group))
-            job = {"layouts": group, "cases": [asdict(case) for case in cases.values()], "families": families}
-            job["chain"] = cases["tied"].model if group is LAUNCHES[0] else None
-            if job["chain"]:
-                hand_on(cases["tied"].model, out / "chain", {})
-            (out / "job.json").write_text(json.dumps(job, default=str))
+            chain = CHAIN if group is LAUNCHES[0] else {}
+            run_job(out, group, cases, chain=chain, processes=2, train=True, families=families)
             folders.update({each: out / each for each in group})
-            launch(out, processes=2)
         return folders[name]
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def four(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what four processes saw in every layout."""
+    out = tmp_path_factory.mktemp("four")
+    run_job(out, OF_FOUR, cases, chain=CHAIN_OF_FOUR, processes=4)
+    return out
+
+
+def run_job(
+    out: Path, layouts: dict[str, Any], cases: dict[str, Case], *, chain: Any, processes: int, **more: Any
+) -> None:
+    """Have processes observe `cases` in `layouts`; what `layout_worker.py` is told besides is in `more`."""
+    model = cases["tied"].model
+    if chain:
+        hand_on(model, out / "chain", {})
+    job = {"layouts": layouts, "cases": [asdict(case) for case in cases.values()], "train": False}
+    job |= {"chain": chain, "model": model, **more}
+    (out / "job.json").write_text(json.dumps(job, default=str))
+    launch(out, processes=processes)
 
 
 @pytest.fixture(scope="session")
@@ -94,15 +118,35 @@ def together(layout_name: str, cases: dict[str, Case], launched: Callable[[str],
     return found
 
 
+Chain = tuple[list[Any], list[Any]]
+
+
 @pytest.fixture(scope="session")
-def chain(cases: dict[str, Case], launched: Callable[[str], Path]) -> tuple[list[Any], list[Any]]:
+def chain(cases: dict[str, Case], launched: Callable[[str], Path]) -> Chain:
     """What one process, two in one layout after the other, and one again see of one training; and one alone."""
-    out = launched(next(iter(LAUNCHES[0]))).parent
-    model = cases["tied"].model
+    return ends_of_chain(cases["tied"].model, launched(next(iter(LAUNCHES[0]))).parent)
+
+
+@pytest.fixture(scope="session")
+def chain_of_four(cases: dict[str, Case], four: Path) -> Chain:
+    """The same with four."""
+    return ends_of_chain(cases["tied"].model, four)
+
+
+def ends_of_chain(model: Path, out: Path) -> Chain:
     handed: list[Any] = json.loads((out / "chain_0.json").read_text())
     handed.append(hand_on(model, out / "chain", {}))
     alone = [hand_on(model, out / "uninterrupted", {}) for _ in range(1 + len(handed))]
     return handed, alone[1:]
+
+
+@pytest.fixture(scope="session", params=OF_FOUR)
+def seen_by_four(request: pytest.FixtureRequest, cases: dict[str, Case], four: Path) -> dict[str, list[Observed]]:
+    """What each of four processes saw in this layout, by case."""
+    return {
+        name: [torch.load(four / request.param / f"{name}_{rank}.pt", weights_only=False) for rank in range(4)]
+        for name in cases
+    }
 
 
 @pytest.fixture(scope="session")

@@ -10,47 +10,44 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from layout_cases import (
-    CHAIN,
-    Case,
-    check_checkpoint,
-    config_of,
-    hand_on,
-    observe,
-    sampling_config,
-    score_families,
-)
+from checkpoint_cases import check_checkpoint, hand_on
+from layout_cases import Case, config_of, observe, sampling_config, score_families
 
 from megatron_urlvr.train import main as train
 
 
 def run(job: dict, folder: Path) -> None:
-    """`job`: the `parallel` settings of each layout, and the cases' files."""
+    """`job`: the `parallel` settings of each layout, the cases' files, and the layouts of a chain of checkpoints
+    (`"chain"`) that begins with the model at `"model"`; with `"train"` all that a layout does is looked at, and not the
+    one step alone."""
     torch.set_num_threads(1)
     meetings = count()
     if job["chain"]:
         found = []
-        for parallel in CHAIN.values():
+        for parallel in job["chain"].values():
             meet(folder, next(meetings))
-            found.append(hand_on(Path(job["chain"]), folder / "chain", parallel))
+            found.append(hand_on(Path(job["model"]), folder / "chain", parallel))
         (folder / f"chain_{os.environ['RANK']}.json").write_text(json.dumps(found))
+    cases = [Case(c["name"], Path(c["model"]), Path(c["recorded"]), c["vocab"]) for c in job["cases"]]
     for name, parallel in job["layouts"].items():
         out = folder / name
         out.mkdir(exist_ok=True)
-        meet(folder, next(meetings))
-        folders = {family: Path(path) for family, path in job["families"].items()}
-        torch.save(score_families(folders, parallel), out / f"families_{os.environ['RANK']}.pt")
-        for fields in job["cases"]:
-            case = Case(fields["name"], Path(fields["model"]), Path(fields["recorded"]), fields["vocab"])
+        if job["train"]:
+            meet(folder, next(meetings))
+            folders = {family: Path(path) for family, path in job["families"].items()}
+            torch.save(score_families(folders, parallel), out / f"families_{os.environ['RANK']}.pt")
+        for case in cases:
             config = config_of(case, out / f"{case.name}_run", parallel=parallel)
             meet(folder, next(meetings))
             torch.save(observe(config), out / f"{case.name}_{os.environ['RANK']}.pt")
+            if job["train"]:
+                meet(folder, next(meetings))
+                check_checkpoint(config, out / f"{case.name}_checkpoints")
+                meet(folder, next(meetings))
+                assert train(config) == 0
+        if job["train"]:
             meet(folder, next(meetings))
-            check_checkpoint(config, out / f"{case.name}_checkpoints")
-            meet(folder, next(meetings))
-            assert train(config) == 0
-        meet(folder, next(meetings))
-        assert train(sampling_config(case, out / "sampled", parallel=parallel)) == 0
+            assert train(sampling_config(cases[-1], out / "sampled", parallel=parallel)) == 0
 
 
 def meet(folder: Path, number: int) -> None:

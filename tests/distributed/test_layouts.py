@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_cases import CHAIN
 from gradients import relative_differences
-from layout_cases import CHAIN, DIRECT, REWARDS, STEPS, Case, Observed, Seen, family_rows
+from layout_cases import DIRECT, REWARDS, STEPS, Case, Observed, Seen, family_rows
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, hf_model, oracle_stats
 
@@ -137,18 +138,20 @@ def test_every_parameters_gradient(case: Case, one: Observed, two: list[Observed
     for seen in two:
         for found, expected in zip(seen.gradients, one.gradients, strict=True):
             assert set(expected) == names
-            differences = relative_differences(found, expected)
-            worst = max(differences, key=lambda name: differences[name])
-            assert differences[worst] < GRADIENT, f"{worst}: {differences[worst]:.1e}"
+            assert_close_gradients(found, expected)
             assert all(expected[name].abs().max() > 0 for name in names)
+
+
+def assert_close_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
+    differences = relative_differences(found, expected)
+    worst = max(differences, key=lambda name: differences[name])
+    assert differences[worst] < GRADIENT, f"{worst}: {differences[worst]:.1e}"
 
 
 @pytest.mark.parametrize("name", DIRECT)
 def test_gradients_of_losses_minimised_directly(one: Observed, two: list[Observed], name: str):
     for seen in two:
-        differences = relative_differences(seen.direct[name], one.direct[name])
-        worst = max(differences, key=lambda key: differences[key])
-        assert differences[worst] < GRADIENT, f"{worst}: {differences[worst]:.1e}"
+        assert_close_gradients(seen.direct[name], one.direct[name])
 
 
 def test_exported_weights_are_the_folders_bit_for_bit_on_every_rank(case: Case, two: list[Observed]):
@@ -214,9 +217,11 @@ def test_three_steps_of_training_give_one_processs_metrics(
 def test_training_goes_on_at_another_layout_from_a_checkpoint(chain):
     """TP, PP, DP and interleaved stages, one after the other and back to one process: weights, both moments and the
     step count of AdamW, the moving average. A lost step count changes the first step after it by several percent."""
-    handed, alone = chain
-    assert len(handed) == len(CHAIN) + 1
-    for name, found, expected in zip([*CHAIN, "alone"], handed, alone, strict=True):
+    assert_same_training([*CHAIN, "alone"], *chain)
+
+
+def assert_same_training(names: list[str], handed: list, alone: list):
+    for name, found, expected in zip(names, handed, alone, strict=True):
         for now, before in zip(found, expected, strict=True):
             for key, value in before.items():
                 assert now[key] == pytest.approx(value, rel=1e-3), f"{name}: {key}"

@@ -20,7 +20,6 @@ from megatron_urlvr.algorithms.advantages import get_advantage
 from megatron_urlvr.algorithms.direct import build_objective
 from megatron_urlvr.config.algorithm import DirectSection, KLSection, LossName, RLSCSection
 from megatron_urlvr.config.model import ModelSection
-from megatron_urlvr.config.optim import OptimSection
 from megatron_urlvr.config.parallel import ParallelSection
 from megatron_urlvr.config.root import Config
 from megatron_urlvr.data.labels import LabelStore
@@ -28,10 +27,9 @@ from megatron_urlvr.data.sources import load_source
 from megatron_urlvr.data.stream import PromptStream
 from megatron_urlvr.data.tokenizer import load_tokenizer
 from megatron_urlvr.distributed.exchange import my_share
-from megatron_urlvr.distributed.layout import Layout, joined
+from megatron_urlvr.distributed.layout import joined
 from megatron_urlvr.loop.assembly import Parts, build
 from megatron_urlvr.loop.batching import mini_batches, reward_groups, score_groups, training_rows
-from megatron_urlvr.policy import checkpoint
 from megatron_urlvr.policy.batch import Row, plan_microbatches
 from megatron_urlvr.policy.policy import Policy
 from megatron_urlvr.rewards.base import ANSWER, LABEL
@@ -314,102 +312,3 @@ def score_families(folders: Mapping[str, Path], parallel: Mapping[str, Any]) -> 
             policy = Policy(ModelSection(path=str(folder)), section, layout)
             found[name] = [stats.get("logp") for stats in policy.score(family_rows(), frozenset({"logp"}))]
     return found
-
-
-# -- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def check_checkpoint(config: Config, folder: Path) -> None:
-    """Save and go on; load into a new policy and into the old one and go on: the same bits, moments and EMA too."""
-    with joined(config.parallel, seed=config.run.seed) as layout:
-        _check_checkpoint(config, layout, folder)
-
-
-def _check_checkpoint(config: Config, layout: Layout, folder: Path) -> None:
-    rows = _plain_rows(layout.dp_rank)
-
-    def make() -> Policy:
-        return Policy(config.model, config.parallel, layout, optim=OptimSection(lr=1e-2, ema_decay=0.9))
-
-    policy, loss = make(), _Likelihood()
-    for _ in range(3):
-        policy.update(rows, loss, lr=1e-2)
-    path = checkpoint.save(policy, folder, 3, {"step": 3}, keep=1)
-    for _ in range(2):
-        policy.update(rows, loss, lr=1e-2)
-    expected = _state(policy)
-    torch.manual_seed(99)
-    for other in (make(), policy):
-        assert checkpoint.newest_intact(other, folder) == (path, [])
-        assert checkpoint.load(other, path) == {"step": 3}
-        for _ in range(2):
-            other.update(rows, loss, lr=1e-2)
-        found = _state(other)
-        assert found.keys() == expected.keys()
-        different = [name for name in expected if not torch.equal(found[name], expected[name])]
-        assert not different, f"after a load these differ: {different}"
-
-
-CHAIN: Mapping[str, dict[str, Any]] = {
-    "tp2": {"tp": 2},
-    "pp2": {"pp": 2},
-    "dp2": {"dp": 2},
-    "pp2_vpp2": {"pp": 2, "vpp": 2},
-    "tp2_again": {"tp": 2, "sequence_parallel": True},
-}
-"""Layouts of two processes that hand one training on to the next, each by its checkpoint."""
-
-
-def hand_on(model: Path, folder: Path, parallel: Mapping[str, Any], *, steps: int = 2) -> list[dict[str, float]]:
-    """Go on from the newest checkpoint in `folder`, saved at whatever layout, for some steps, and save; the metrics of
-    each step and sums over the moving average."""
-    section = ParallelSection(**parallel, max_tokens_per_microbatch=24)
-    optim = OptimSection(lr=3e-3, ema_decay=0.5, weight_decay=0.1)
-    found = []
-    with joined(section) as layout:
-        policy = Policy(ModelSection(path=str(model)), section, layout, optim=optim)
-        done = 0
-        path, problems = checkpoint.newest_intact(policy, folder)
-        assert not problems
-        if path is not None:
-            done = checkpoint.load(policy, path)["step"]
-        rows = random_rows(8, vocab=VOCAB, seed=4)
-        for row in rows:
-            row.weight = torch.full((len(row.response),), 0.05)
-        for _ in range(steps):
-            found.append(policy.update(my_share(rows, layout), _Likelihood(), lr=3e-3))
-        ema = policy.score(rows, frozenset({"logp"}), "ema")
-        found.append({"ema": float(sum(stats.get("logp").double().sum() for stats in ema))})
-        checkpoint.save(policy, folder, done + steps, {"step": done + steps}, keep=9)
-    return found
-
-
-class _Likelihood:
-    needs = frozenset({"logp"})
-
-    def upstream(self, inputs: Any) -> None:
-        return None
-
-    def __call__(self, stats: Any, inputs: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return -(stats.get("logp") * inputs.weight).sum(), {}
-
-    def finish(self, sums: Mapping[str, float]) -> dict[str, float]:
-        return dict(sums)
-
-
-def _plain_rows(replica: int) -> list[Row]:
-    rows = [Row((1, 2 + replica, 3), [4, 5, 6 + k]) for k in range(3 + replica)]
-    for row in rows:
-        row.weight = torch.full((3,), 0.1)
-    return rows
-
-
-def _state(policy: Policy) -> dict[str, torch.Tensor]:
-    """Weights, this rank's optimizer state and the EMA."""
-    state = {f"weight/{name}": p.detach().clone() for name, p in policy.parameters.items()}
-    assert policy.optimizer is not None
-    assert policy.ema is not None
-    for part in policy.optimizer.parts:
-        for i, entry in enumerate(part.optimizer.state.values()):
-            state |= {f"optimizer/{i}/{name}": torch.as_tensor(value).clone() for name, value in entry.items()}
-    return state | {f"ema/{name}": tensor.clone() for name, tensor in policy.ema.tensors.items()}
