@@ -36,7 +36,7 @@ class Interrupts:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a forked writer of checkpoints, which ends by itself
+            return  # a forked child has inherited the handler; what ends the run is for its parent
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is None and self.announce:
