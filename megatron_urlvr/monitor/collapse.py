@@ -1,13 +1,13 @@
 """Says when a policy is collapsing, from metrics that need no labels: a state machine over rows of metrics.jsonl.
 
     a step's metrics ─► signs of degeneration, each against its own first steps ─► score ─► patience ─► verdict
-                        signs of sharpening, which every run that learns shows too ─┘
+                        signs of change, which runs that learn show too ───────────┘
 
-Sharpening alone (entropy down, majorities up) is what a label-free reward is meant to do, in healthy runs as in dying
-ones, and never raises the alarm. Degeneration does: one answer to every prompt, nothing to parse, responses that are
-cut off, repeat themselves or change their length, a policy far from its start that agrees with itself no more than at
-first. Sharpening makes it count earlier. docs/collapse.md has the law, how
-the limits were chosen, and what this cannot see: confident error that stays diverse.
+Change alone (entropy down, majorities up, another length) is what a label-free reward is meant to do, in healthy runs
+as in dying ones, and never raises the alarm. Degeneration does: one answer to every prompt, nothing to parse, responses
+that are cut off or repeat themselves, a policy far from its start that agrees with itself no more than at first. Change
+makes it count earlier. docs/collapse.md has the law, how the limits were chosen, and what this cannot see: confident
+error that stays diverse.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_urlvr.config.monitor import ONSET_STEPS, CollapseSection
 MAD_TO_SIGMA = 1.4826
 """Median absolute deviation to standard deviation, of a normal distribution."""
 SUPPORT = 0.1
-"""What each sign of sharpening adds to the score, as a share of it."""
+"""What each sign of change adds to the score, as a share of it."""
 AGREEMENT_GREW = 1.1
 """A majority ratio above so many times that of the first steps has grown."""
 ONSET_SHARE = 0.5
@@ -57,7 +57,6 @@ DEGENERATION = (
     Signal("no_answer", "response/no_answer", "the share of responses without an answer", 0.15),
     Signal("truncation", "response/truncated", "the share of responses cut off", 0.15),
     Signal("repetition", "response/repetition", "the share of repeated n-grams", 0.20),
-    Signal("length", "response/length", "the length of responses", math.log(1.6), "either", "log"),
     Signal(
         "astray",
         "kl/start",
@@ -66,7 +65,8 @@ DEGENERATION = (
         baseline=0.0,
     ),
 )
-SHARPENING = (
+CHANGE = (
+    Signal("length", "response/length", "the length of responses", math.log(1.6), "either", "log"),
     Signal("entropy", "policy/sampled_entropy", "the entropy a token", math.log(2), "down", "log"),
     Signal("entropy_slope", "policy/sampled_entropy", "the entropy a token", 0.03, "down", "slope"),
     Signal("majority", "vote/majority_ratio", "the share of the majority answer", 0.25, "either"),
@@ -75,7 +75,7 @@ SHARPENING = (
     Signal("divergence", "kl/start", "the divergence from the start", 0.10, baseline=0.0),
     Signal("flips", "vote/flip_rate", "the share of prompts whose majority changed", 0.25),
 )
-SIGNALS = (*DEGENERATION, *SHARPENING)
+SIGNALS = (*DEGENERATION, *CHANGE)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Verdict:
     step: int
     state: State
     score: float
-    """Largest excess of a sign of degeneration, with SUPPORT for each of sharpening; 1 and more is suspect."""
+    """Largest excess of a sign of degeneration, with SUPPORT for each of change; 1 and more is suspect."""
     onset: int | None
     """Where the score began to rise towards the alarm; None before it."""
     alarm: int | None
@@ -153,7 +153,7 @@ class CollapseDetector:
         if majority is None or majority.value > AGREEMENT_GREW * majority.baseline:
             readings = [r for r in readings if r.signal.name != "astray"]
         signs = sorted((r for r in readings if r.signal in DEGENERATION), key=lambda r: -r.excess)
-        support = [r for r in readings if r.signal in SHARPENING and r.excess >= 1]
+        support = [r for r in readings if r.signal in CHANGE and r.excess >= 1]
         score = max(signs[0].excess, 0.0) * (1 + SUPPORT * len(support)) if signs else 0.0
         suspect = score >= 1
         self._streak = [*self._streak, step] if suspect else []

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_urlvr.config.monitor import CollapseSection
-from megatron_urlvr.monitor.collapse import SHARPENING, SIGNALS, CollapseDetector, replay
+from megatron_urlvr.monitor.collapse import CHANGE, SIGNALS, CollapseDetector, replay
 
 NORMAL = {
     "answers/across_prompts": 0.1,
@@ -53,8 +53,6 @@ def rows(end: dict[str, float], *, start: int = 20, over: int = 10, steps: int =
         ("response/no_answer", 1.0, "the share of responses without an answer"),
         ("response/truncated", 1.0, "the share of responses cut off"),
         ("response/repetition", 0.9, "the share of repeated n-grams"),
-        ("response/length", 3.0, "the length of responses"),
-        ("response/length", 20.0, "the length of responses"),
     ],
 )
 def test_each_sign_of_degeneration_raises_the_alarm_and_is_named(metric, end, words):
@@ -75,6 +73,12 @@ def test_sharpening_alone_is_healthy(seed):
     assert {verdict.state for verdict in verdicts} == {"learning", "healthy"}
 
 
+@pytest.mark.parametrize("length", [2.0, 30.0])
+def test_another_length_alone_is_healthy(length):
+    """As of a policy that learns to leave out attempts that lead nowhere."""
+    assert replay(rows({"response/length": length, **SHARP}, over=40), CollapseSection())[-1].alarm is None
+
+
 def test_sharpening_makes_a_sign_of_degeneration_count_earlier():
     slow = {"answers/across_prompts": 0.5}
     alone = replay(rows(slow, over=40), CollapseSection())[-1]
@@ -92,7 +96,7 @@ def test_far_from_the_start_without_more_agreement_is_degeneration():
 
 
 def test_the_onset_is_dated_back_to_where_the_score_rose():
-    data = rows({"response/length": 3.0}, over=30)
+    data = rows({"response/truncated": 0.6}, over=30)
     last = replay(data, CollapseSection())[-1]
     scores = {verdict.step: verdict.score for verdict in replay(data, CollapseSection())}
     assert last.onset is not None
@@ -138,7 +142,7 @@ def test_missing_and_undefined_values_say_nothing():
 
 
 def test_a_detector_continues_from_its_state_as_if_nothing_had_been():
-    data = rows({"response/length": 2.5, **SHARP})
+    data = rows({"answers/across_prompts": 0.9, **SHARP})
     whole = replay(data, CollapseSection())
     for cut in (1, 4, 22, 25, 40):
         before, after = CollapseDetector(CollapseSection()), CollapseDetector(CollapseSection())
@@ -157,7 +161,7 @@ def _state_after(data: list[Any]) -> dict[str, Any]:
 
 def test_no_signal_reads_labels():
     assert not [signal.metric for signal in SIGNALS if signal.metric.startswith(("audit/", "eval/"))]
-    assert {signal.metric for signal in SHARPENING} == set(SHARP)
+    assert {signal.metric for signal in CHANGE} == {*SHARP, "response/length"}
 
 
 def test_snapshots_that_do_not_reach_back_far_enough_are_refused():
