@@ -280,6 +280,24 @@ def _read_chunk(source: Path, info: _StorageInfo) -> torch.Tensor:
 
 
 @contextmanager
+def met() -> Iterator[None]:
+    """The ranks of torchrun, met for the time of a block; nothing where there is one, or where they have met already.
+
+    They part at the end, also when all have been told what stops them. After other errors some may never come.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield
+    except _Told:
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+@contextmanager
 def _written(target: Path) -> Iterator[tuple[Path, int, int]]:
     """A folder that becomes `target` when all ranks are done, this process' rank and their number.
 
@@ -289,24 +307,23 @@ def _written(target: Path) -> Iterator[tuple[Path, int, int]]:
     temporary = target.with_name(f".{target.name}.writing")
     if target.exists():
         raise UnusableInput(f"{target} is there already: choose another folder, or remove it")
-    if size > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    _gathered(None, size)
-    try:
-        yield temporary, rank, size
+    with met():
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
         _gathered(None, size)
-    except _Told:
-        raise
-    except (UnusableInput, OSError) as error:
-        if size > 1:  # the others wait for this rank at their next meeting
-            _gathered(None, size, problem=str(error))
-        raise
-    if rank == 0:
-        os.replace(temporary, target)
-    _gathered(None, size)
+        try:
+            yield temporary, rank, size
+            _gathered(None, size)
+        except _Told:
+            raise
+        except (UnusableInput, OSError) as error:
+            if size > 1:  # the others wait for this rank at their next meeting
+                _gathered(None, size, problem=str(error))
+            raise
+        if rank == 0:
+            os.replace(temporary, target)
+        _gathered(None, size)
 
 
 class _Told(UnusableInput):

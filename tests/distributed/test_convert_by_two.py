@@ -21,15 +21,16 @@ CONVERT = """
 import sys
 from pathlib import Path
 from megatron_urlvr.exit_codes import UnusableInput
-from megatron_urlvr.policy.convert import to_hf, to_megatron
+from megatron_urlvr.policy.convert import met, to_hf, to_megatron
 
 root, model, damaged = map(Path, sys.argv[2:])
-to_megatron(model, root / "megatron")
-to_hf(root / "megatron", root / "hf", model=model, max_shard_bytes=int(sys.argv[1]))
-try:
-    to_megatron(damaged, root / "never")
-except UnusableInput as error:
-    print("told:", error)
+with met():
+    to_megatron(model, root / "megatron")
+    to_hf(root / "megatron", root / "hf", model=model, max_shard_bytes=int(sys.argv[1]))
+    try:
+        to_megatron(damaged, root / "never")
+    except UnusableInput as error:
+        print("told:", error)
 """
 
 
