@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from small_runs import PRETRAIN, Command, write_config
 
 from megatron_urlvr import pretrain
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -104,3 +107,14 @@ def test_other_shapes_and_tasks_are_pretrained_and_trained_from(urlvr, file, con
     if settings == "data.task=countdown":
         train += [f'{place}={{"task": "countdown", "size": 8}}' for place in ("data.train", "eval.sets.held_out")]
     assert urlvr("train", config, *train).code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "lowest", "highest"), [("chain_sum", 0.5, 0.75), ("chain_sum_strong", 0.95, 1.0)], ids=["weak", "strong"]
+)
+def test_the_bases_of_the_demo_believe_what_it_says_they_do(urlvr: Command, tmp_path: Path, name, lowest, highest):
+    """Their whole pretraining, on this machine's own rounding: the demo is nothing without them."""
+    assert urlvr("pretrain", ROOT / f"configs/pretrain_{name}.yaml", f"run.dir={tmp_path}").code == 0
+    (summary,) = tmp_path.glob("*-*/pretraining.json")
+    (base,) = json.loads(summary.read_text()).values()
+    assert lowest <= base["measured"]["maj_at_16"] <= highest

@@ -33,7 +33,6 @@ PRETRAIN = [
     "optim.lr=5.0e-3",
     "optim.warmup_steps=10",
     "snapshots.weak=null",
-    "snapshots.strong=null",
     "snapshots.base.step=80",
 ]
 

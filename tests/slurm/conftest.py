@@ -37,7 +37,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quickstart's weak policy after a few steps of its pretraining."""
     folder = tmp_path_factory.mktemp("bases")
     change = [f"run.dir={folder}", "run.steps=60", "data.held_out=8"]
-    change += ["snapshots.weak=null", "snapshots.strong=null", "snapshots.base.step=60"]
+    change += ["snapshots.weak=null", "snapshots.base.step=60"]
     with timed("base policy"):
         subprocess.run(
             [str(URLVR), "pretrain", "configs/pretrain_chain_sum.yaml", *change], cwd=ROOT, check=True, timeout=280
