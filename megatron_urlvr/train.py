@@ -27,6 +27,7 @@ from .evaluate import Evaluator
 from .loop.assembly import Parts, build, preflight
 from .loop.batching import (
     divergence_from_start,
+    lesson_metrics,
     mini_batches,
     reward_groups,
     score_groups,
@@ -135,7 +136,7 @@ class Trainer:
                 totals = [result.total for result in results]
                 trained, totals, selected = select_groups(self.config, self.parts, groups, totals)
                 rows = training_rows(self.config, self.parts, trained, totals)
-                metrics |= selected
+                metrics |= selected | lesson_metrics(self.parts, trained)
                 metrics |= correction_metrics(self.config, [row for each in rows for row in each], self.parts.layout)
                 metrics |= self.update(rows)
             with self.phase("sync"):

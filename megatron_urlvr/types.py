@@ -111,6 +111,8 @@ class Group:
     signals: dict[str, torch.Tensor] = field(default_factory=dict)
     """What providers computed for this group, `[n]` float32 each, by signal name (`judge`, ...). `correct` is there
     only when a supervised reward asked for labels."""
+    beside: list[Group] = field(default_factory=list)
+    """Groups that a provider sampled from the policy about this one and may train it on: a judge's verdicts."""
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -84,7 +84,7 @@ def standardise(values: torch.Tensor) -> torch.Tensor:
     the GRPO paper the result is larger by sqrt(n / (n - 1)) for every group alike.
     """
     values = values.double()
-    if values.shape[-1] < 2:
+    if values.shape[-1] < 2 or not len(values):
         return torch.zeros_like(values)
     std = values.std(dim=-1, keepdim=True, unbiased=True)
     scaled = (values - values.mean(dim=-1, keepdim=True)) / (std + STD_EPS)

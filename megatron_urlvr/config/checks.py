@@ -172,12 +172,21 @@ def _signals(config: Config) -> Iterator[str]:
     from megatron_urlvr.types import STATISTICS
 
     terms = build_terms(config.reward, advantage=config.algorithm.advantage, seed=config.run.seed)
-    offered = {name: get_provider(p.name).provides for name, p in config.reward.providers.items()}
+    classes = {name: get_provider(p.name) for name, p in config.reward.providers.items()}
+    made = {name: classes[name](classes[name].Options(**p.options)) for name, p in config.reward.providers.items()}
+    offered = {name: provider.provides for name, provider in made.items()}
+    read = {name: provider.needs for name, provider in made.items()}
     everything = frozenset().union(STATISTICS, {ANSWER, LABEL, PERMUTED_LABEL}, SPAN_SIGNALS, *offered.values())
     for sentence in missing_signals(terms, everything):
         yield f"{sentence}; name a provider of it under reward.providers."
+    for label, signals in read.items():
+        for signal in sorted(signals - everything | signals & {LABEL, PERMUTED_LABEL}):
+            yield (
+                f"reward.providers.{label} needs the signal {signal!r}, which nothing in this run provides to "
+                "providers: name a provider of it under reward.providers (labels are never theirs)."
+            )
     for label, signals in offered.items():
-        if not signals & terms.needs:
+        if not signals & terms.needs.union(*read.values()):
             yield (
                 f"reward.providers.{label} provides {', '.join(sorted(signals))}, which no reward of this run needs: "
                 "leave it out, or choose a reward that reads it."

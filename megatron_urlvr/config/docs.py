@@ -36,7 +36,8 @@ KINDS: dict[str, type[Section]] = {
 def documented_yaml(model: type[Section], *, open_sections: bool = True) -> str:
     """All settings of `model` as commented YAML. `...` stands where a value must be given.
 
-    `open_sections`: then also the options of every reward and the settings of every task that is installed.
+    `open_sections`: then also the options of every reward and provider, and the settings of every task, that is
+    installed.
     """
     lines = [*_section(model, 0)]
     for title, models in _open_sections(model) if open_sections else ():
@@ -109,12 +110,17 @@ def _default(field: FieldInfo) -> str:
 def _open_sections(model: type[Section]) -> Iterator[tuple[str, dict[str, type[BaseModel]]]]:
     """What stands in the places that the models leave open, by title."""
     from megatron_urlvr.data.tasks import registry as tasks
+    from megatron_urlvr.rewards import providers
     from megatron_urlvr.rewards import registry as rewards
 
     if "reward" in model.model_fields:
         yield (
             "reward.terms.<name>: options of the reward",
             {name: rewards.get_reward(name).Options for name in rewards.available()},
+        )
+        yield (
+            "reward.providers.<name>: options of the provider",
+            {name: providers.get_provider(name).Options for name in providers.available_providers()},
         )
     if "data" in model.model_fields:
         yield "settings of the task", {name: tasks.task_class(name).Settings for name in tasks.available()}

@@ -1,6 +1,6 @@
 """The whole config of a training run."""
 
-from .algorithm import AlgorithmSection
+from .algorithm import AlgorithmSection, RatioLoss
 from .base import Section, rule
 from .data import DataSection
 from .eval import EvalSection
@@ -113,13 +113,37 @@ class Config(Section):
                     f"{place} = {weights!r} with rollout.engine = 'sglang': servers hold the policy's weights or their "
                     "own; set weights=servers and give the pool's model, or weights=policy"
                 )
-            if weights == "policy" and self.rollout.engine == "replay":
+            taught = provider.options.get("cotrain") is not None  # then the recording holds the verdicts
+            if weights == "policy" and self.rollout.engine == "replay" and not taught:
                 return f"{place} = 'policy' with rollout.engine = 'replay': a recording answers no other prompts"
             pool = provider.options.get("pool")
             if weights == "servers" and pool not in self.servers.pools:
                 return (
                     f"{place} = 'servers' needs servers.pools.{pool}, and there is {', '.join(self.servers.pools)}: "
                     f"give the pool, with the model it serves, or set reward.providers.{label}.pool"
+                )
+        return None
+
+    @rule("reward.providers", "rollout.temperature", "algorithm.loss.name", "algorithm.entropy_scaling")
+    def _judge_is_trained(self) -> str | None:
+        for label, provider in self.reward.providers.items():
+            if provider.options.get("cotrain") is None:
+                continue
+            place, temperature = f"reward.providers.{label}", provider.options.get("temperature")
+            if temperature != self.rollout.temperature:
+                return (
+                    f"{place}.cotrain with {place}.temperature = {temperature}: what is trained on is sampled at the "
+                    f"temperature of the policy; set {place}.temperature={self.rollout.temperature}"
+                )
+            if not isinstance(self.algorithm.loss, RatioLoss):
+                return (
+                    f"{place}.cotrain with algorithm.loss.name = {self.algorithm.loss.name!r}, which trains on no "
+                    "reward: choose a policy gradient such as ppo_clip, or leave cotrain out"
+                )
+            if self.algorithm.entropy_scaling:
+                return (
+                    f"{place}.cotrain with algorithm.entropy_scaling = true: verdicts are not scored, so that their "
+                    "entropies are not known; leave one of the two out"
                 )
         return None
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from ..algorithms.advantages import entropy_scaled
+from ..algorithms.advantages import entropy_scaled, zero_variance
 from ..algorithms.covariance import held_tokens
 from ..algorithms.kl import k3, reward_penalty
 from ..algorithms.losses import token_weights
@@ -15,13 +15,13 @@ from ..config.algorithm import KLCovSection
 from ..config.root import Config
 from ..distributed.exchange import any_rank, derive_seed, gather_from_leaders, merge_sums
 from ..distributed.layout import Layout
-from ..monitor.audit import Sums
+from ..monitor.audit import Sums, rates
 from ..policy.batch import Row
 from ..rewards.base import LABEL, PERMUTED_LABEL, NonFiniteScoreError
 from ..rewards.combine import RewardResult
 from ..rollout.choice import choose
 from ..rollout.filters import select
-from ..types import STATISTICS, Group, Sample
+from ..types import STATISTICS, Group, Sample, samples_of
 from .assembly import Parts
 from .off_policy import behaviour_logp, own_logp, prepare, wants_own
 
@@ -74,22 +74,39 @@ def reward_groups(parts: Parts, groups: Sequence[Group], *, use: str = "reward")
 def training_rows(
     config: Config, parts: Parts, groups: Sequence[Group], rewards: Sequence[torch.Tensor]
 ) -> list[list[Row]]:
-    """The rows of each group's trained samples, with their advantages.
+    """The rows of each group's trained samples with their advantages, and after them those of the lessons beside it.
 
-    `rewards`: `[n_votes]` for each group. Log-probs of the behaviour policy are attached only when the rollouts serve
-    more than one optimizer step, or `algorithm.correction` wants them; strictly on-policy, the update's own forward
-    gives them.
+    `rewards`: `[n_votes]` for each group. A provider's lessons have advantages of their own.
     """
-    kl = config.algorithm.kl
     chosen = [_trained_votes(config, group) for group in groups]
-    rows = [
-        [Row(g.prompt.tokens, g.samples[k].tokens) for k in places] for g, places in zip(groups, chosen, strict=True)
-    ]
-    flat = [row for members in rows for row in members]
-    samples = [group.samples[k] for group, places in zip(groups, chosen, strict=True) for k in places]
+    trained = [Group(g.prompt, [g.samples[k] for k in places]) for g, places in zip(groups, chosen, strict=True)]
     kept = torch.zeros(0, config.rollout.trained)
     if groups:
         kept = torch.stack([reward[places] for reward, places in zip(rewards, chosen, strict=True)])
+    rows = _rows(config, parts, trained, kept, own=own_logp(config, parts, samples_of(trained)))
+    for lessons in parts.signals.lessons(groups).values():
+        taught = [lesson for each in lessons for lesson in each]
+        given = torch.stack([lesson.rewards for lesson in taught]) if taught else torch.zeros(0, 2)
+        more = iter(_rows(config, parts, [lesson.group for lesson in taught], given, own=None))
+        for members, each in zip(rows, lessons, strict=True):
+            members += [row for _ in each for row in next(more)]
+    return rows
+
+
+def _rows(
+    config: Config, parts: Parts, groups: Sequence[Group], kept: torch.Tensor, *, own: list[torch.Tensor] | None
+) -> list[list[Row]]:
+    """The rows of each group's samples, with advantages from their rewards `kept: [G, n]`. Every replica takes part,
+    also one without groups.
+
+    Log-probs of the behaviour policy are attached only when the rollouts serve more than one optimizer step, or
+    `algorithm.correction` wants them; strictly on-policy, the update's own forward gives them. `own`: the trainer's,
+    where they are there already.
+    """
+    kl = config.algorithm.kl
+    rows = [[Row(group.prompt.tokens, sample.tokens) for sample in group.samples] for group in groups]
+    flat = [row for members in rows for row in members]
+    samples = samples_of(groups)
     reference = []
     if kl.coef > 0:
         found = parts.policy.score(flat, frozenset({"logp"}), "ema" if kl.reference == "ema" else "reference")
@@ -97,7 +114,6 @@ def training_rows(
         if kl.place == "reward":
             penalty = reward_penalty([behaviour_logp(sample) for sample in samples], reference, kl.estimator)
             kept = kept - kl.coef * penalty.view(kept.shape)
-    own = own_logp(config, parts, samples)
     if own is None and wants_own(config):
         own = [stats.get("logp") for stats in parts.policy.score(flat, frozenset({"logp"}))]
     prepare(config, flat, samples, own)
@@ -112,6 +128,21 @@ def training_rows(
         if reference and parts.loss.needs_reference:
             row.ref_logp = reference[i]
     return rows
+
+
+def lesson_metrics(parts: Parts, groups: Sequence[Group]) -> dict[str, float]:
+    """Of the lessons beside `groups`, over all replicas, by the provider's label: `lesson/<label>/reward`, their mean
+    reward; `.../zero_variance`, the share whose samples all have one reward; `.../per_prompt`, how many there are."""
+    sums: Sums = {}
+    for label, lessons in parts.signals.lessons(groups).items():
+        rewards = [lesson.rewards.double() for each in lessons for lesson in each]
+        flat = float(sum(bool(zero_variance(own[None])) for own in rewards))
+        sums |= {
+            f"lesson/{label}/reward": (float(sum(own.mean() for own in rewards)), float(len(rewards))),
+            f"lesson/{label}/zero_variance": (flat, float(len(rewards))),
+            f"lesson/{label}/per_prompt": (float(len(rewards)), float(len(groups))),
+        }
+    return rates(merge_sums(sums, parts.layout)) if sums else {}
 
 
 def _mean_entropy(sample: Sample) -> torch.Tensor:

@@ -23,10 +23,10 @@ from ..distributed.agreement import agreed
 from ..distributed.exchange import hand_over
 from ..distributed.layout import Layout, broadcast_json
 from ..policy.policy import Policy
-from ..rewards.providers import Checker, Provider, ProviderContext, Respondent, Weights, fill
+from ..rewards.providers import Checker, Lesson, Provider, ProviderContext, Respondent, Weights, fill
 from ..rewards.spans import ANSWER_END, ANSWER_START, SPAN_SIGNALS
 from ..rollout.engine import RolloutEngine
-from ..rollout.records import pack_floats, unpack_floats
+from ..rollout.records import group_from_record, group_to_record, pack_floats, unpack_floats
 from ..types import Group, Prompt, Sampling
 
 
@@ -105,6 +105,15 @@ class Signals:
                 asyncio.run(self._run(groups))
         self._share(groups, sorted(wanted))
 
+    def lessons(self, groups: Sequence[Group]) -> dict[str, list[list[Lesson]]]:
+        """What the policy is trained on beside each of `groups`, whose signals are there, by the label of the provider
+        that teaches it; labels are the same on every rank."""
+        return {
+            label: [provider.lessons(group) for group in groups]
+            for label, provider in self.active.items()
+            if provider.teaches
+        }
+
     async def _run(self, groups: Sequence[Group]) -> None:
         await asyncio.gather(*(provider.fetch(groups) for provider in self.active.values()))
 
@@ -135,11 +144,20 @@ class Signals:
             return
         told = None
         if self.layout.is_leader:
-            told = [{name: pack_floats(group.signals[name]) for name in names} for group in groups]
+            told = [
+                {
+                    "signals": {name: pack_floats(group.signals[name]) for name in names},
+                    "beside": [group_to_record(each) for each in group.beside],
+                }
+                for group in groups
+            ]
         told = broadcast_json(told, source=self.layout.replica_ranks[0], group=self.layout.replica)
+        if self.layout.is_leader:
+            return
         for group, own in zip(groups, told, strict=True):
+            group.beside = [group_from_record(record) for record in own["beside"]]
             for name in names:
-                if (value := unpack_floats(own[name])) is not None:
+                if (value := unpack_floats(own["signals"][name])) is not None:
                     group.signals[name] = value
 
     def metrics(self) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
 
@@ -112,23 +112,30 @@ def statistics(reward: Reward[Any], groups: Sequence[Group], name: str) -> tuple
     return torch.cat(pieces).detach().to("cpu", torch.float64), lengths
 
 
-def classes_of(reward: Reward[Any], group: Group) -> list[int | None]:
+class Asking(Protocol):
+    """A reward, or a provider."""
+
+    @property
+    def name(self) -> str: ...
+
+
+def classes_of(asking: Asking, group: Group) -> list[int | None]:
     """Equivalence classes of the answers of `group`. MissingSignalError if the answers were not graded."""
     if len(group.classes) != len(group.samples):
         raise MissingSignalError(
-            f"reward {reward.name!r} needs the answers of prompt {group.prompt.id!r}, but {len(group.classes)} of its "
+            f"reward {asking.name!r} needs the answers of prompt {group.prompt.id!r}, but {len(group.classes)} of its "
             f"{len(group.samples)} samples have a class; annotate the groups with the grader before scoring"
         )
     return group.classes
 
 
-def signal_of(reward: Reward[Any], group: Group, key: str) -> torch.Tensor:
+def signal_of(asking: Asking, group: Group, key: str) -> torch.Tensor:
     """`group.signals[key]`, `[n]` float32. MissingSignalError if it is absent, has another length or holds a NaN."""
     value = group.signals.get(key)
     if value is None or value.shape != (len(group.samples),) or bool(value.isnan().any()):
         shape = "absent" if value is None else f"{value.tolist()}"
         raise MissingSignalError(
-            f"reward {reward.name!r} needs the signal {key!r} of prompt {group.prompt.id!r}, one number for each of "
+            f"reward {asking.name!r} needs the signal {key!r} of prompt {group.prompt.id!r}, one number for each of "
             f"its {len(group.samples)} samples, but it is {shape}"
         )
     return value

@@ -1,7 +1,7 @@
 """Self-verification: a model is asked whether a response is right, and its verdict is the reward.
 
 The model may be the policy itself (its verdicts then move with it), its starting weights, their moving average, or
-another model on servers.
+another model on servers. The policy's verdicts can be trained as well, in the update that its responses are trained in.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from pydantic import Field, field_validator
 from megatron_urlvr.config.base import Section, rule
 from megatron_urlvr.types import Group, Prompt, Sample, Sampling
 
-from .base import NoOptions, Reward, signal_of
-from .providers import Provider, Weights, fill, register_provider, seed_of
+from .base import NoOptions, Reward, classes_of, signal_of
+from .ensemble import CHECK
+from .providers import Lesson, Provider, Weights, fill, register_provider, seed_of
 from .registry import register
+from .voting import vote_of
 
 JUDGE = "judge"
 """Signal: share of a judge's answers that say yes, `[n]` float32 in 0..1."""
@@ -54,6 +56,10 @@ class JudgeOptions(Section):
     """Sampling temperature of the judge; 0 is greedy."""
     max_new_tokens: int = Field(ge=1)
     """Longest answer of the judge, in tokens."""
+    cotrain: Literal["vote", "check"] | None = None
+    """Train the policy on its own verdicts too, beside its responses. A verdict's reward is 1 where it agrees with the
+    vote (yes on the majority's responses, no on all others) or with the signal `check` of another provider, else 0; its
+    advantage compares it with the other verdicts on the same response. None: verdicts are not trained on."""
 
     @field_validator("template")
     @classmethod
@@ -66,6 +72,24 @@ class JudgeOptions(Section):
     def _differ(self) -> str | None:
         if self.yes.strip().casefold() == self.no.strip().casefold() or not self.yes.strip() or not self.no.strip():
             return f"yes = {self.yes!r} and no = {self.no!r} must be two different words"
+        return None
+
+    @rule("cotrain", "weights")
+    def _trains_itself(self) -> str | None:
+        if self.cotrain is not None and self.weights != "policy":
+            return (
+                f"cotrain = {self.cotrain!r} with weights = {self.weights!r}: the policy is what is trained; set "
+                "weights=policy, or leave cotrain out"
+            )
+        return None
+
+    @rule("cotrain", "samples")
+    def _verdicts_to_compare(self) -> str | None:
+        if self.cotrain is not None and self.samples < 2:
+            return (
+                f"cotrain = {self.cotrain!r} with samples = {self.samples}: a verdict's advantage compares it with the "
+                "others on the same response; set samples to 2 or more"
+            )
         return None
 
 
@@ -82,6 +106,14 @@ class Judge(Provider[JudgeOptions]):
     def asks(self) -> Weights:
         return self.options.weights
 
+    @property
+    def teaches(self) -> bool:
+        return self.options.cotrain is not None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({CHECK}) if self.options.cotrain == "check" else frozenset()
+
     async def fetch(self, groups: Sequence[Group]) -> None:
         """One prompt to the judge for each response; RolloutFailed when the judge does not answer in time."""
         options = self.options
@@ -91,7 +123,7 @@ class Judge(Provider[JudgeOptions]):
             for k, sample in enumerate(group.samples):
                 tokens = judge.encode(judge_text(options.template, group.prompt, sample), chat=options.chat)
                 if len(tokens) + options.max_new_tokens <= judge.context:
-                    asked[g, k] = Prompt(f"{group.prompt.id}#judge{sample.index}", "", tokens)
+                    asked[g, k] = Prompt(_asked_about(sample), "", tokens)
         sampling = Sampling(
             options.samples, options.max_new_tokens, options.temperature, seed=seed_of(self.context.seed, JUDGE, groups)
         )
@@ -104,6 +136,38 @@ class Judge(Provider[JudgeOptions]):
             ]
             fill(group, JUDGE, [each.count("yes") / len(each) for each in verdicts])
             fill(group, UNPARSABLE, [each.count(None) / len(each) for each in verdicts])
+            if self.teaches:
+                group.beside += [found[g, k] for k in range(len(group)) if (g, k) in found]
+
+    def lessons(self, group: Group) -> list[Lesson]:
+        """The verdicts on as many responses that deserve a yes as on ones that deserve a no, the first of each in the
+        group's order: else whichever is rarer would be forgotten. None where all deserve the same, or nobody votes."""
+        given = {each.prompt.id: each for each in group.beside}
+        asked = [sample for sample in group.samples if _asked_about(sample) in given]
+        deserved = self._deserved(group)
+        yes = [sample for sample in asked if deserved.get(sample.index) == "yes"]
+        no = [sample for sample in asked if deserved.get(sample.index) == "no"]
+        pairs = min(len(yes), len(no))
+        chosen = sorted(yes[:pairs] + no[:pairs], key=lambda sample: sample.index)
+        return [self._lesson(given[_asked_about(sample)], deserved[sample.index]) for sample in chosen]
+
+    def _deserved(self, group: Group) -> dict[int, Verdict]:
+        """What each response deserves by the vote or the check, by index; empty where nobody votes."""
+        if self.options.cotrain == "check":
+            right = [value > 0.5 for value in signal_of(self, group, CHECK).tolist()]
+        else:
+            classes, winner = classes_of(self, group), vote_of(group).winner
+            right = [] if winner is None else [cls == winner for cls in classes]
+        return {sample.index: "yes" if good else "no" for sample, good in zip(group.samples, right, strict=False)}
+
+    def _lesson(self, verdicts: Group, deserved: Verdict) -> Lesson:
+        agree = [read_verdict(sample.text, self.options) == deserved for sample in verdicts.samples]
+        return Lesson(verdicts, torch.tensor(agree, dtype=torch.float32))
+
+
+def _asked_about(sample: Sample) -> str:
+    """Identity of the judge's prompt about a response."""
+    return f"{sample.prompt_id}#judge{sample.index}"
 
 
 def judge_text(template: str, prompt: Prompt, sample: Sample) -> str:

@@ -12,7 +12,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 
@@ -71,6 +71,15 @@ class ProviderContext:
     """The checkers of the task that made the prompt, by name; none for files."""
 
 
+class Lesson(NamedTuple):
+    """A group that the policy is trained on beside those of the run's prompts."""
+
+    group: Group
+    """One of the `beside` of a group: responses of the policy to a prompt of the provider's own."""
+    rewards: torch.Tensor
+    """`[k]` float32, one for each of its samples; advantages compare them with each other."""
+
+
 class Provider(ABC, Generic[OptionsT]):
     """Computes signals, concurrently with other providers, before the rewards are scored.
 
@@ -98,6 +107,21 @@ class Provider(ABC, Generic[OptionsT]):
     def asks(self) -> Weights | None:
         """Whose responses it needs; None when it asks no model."""
         return None
+
+    @property
+    def teaches(self) -> bool:
+        """Whether `lessons` may return any."""
+        return False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals of other providers that `lessons` reads."""
+        return frozenset()
+
+    def lessons(self, group: Group) -> list[Lesson]:
+        """What the policy is trained on beside `group`, once all signals are there: pure, and without labels. All
+        lessons of a provider have equally many samples, two or more."""
+        return []
 
     def problems(self, prompts: Sequence[Prompt]) -> Iterator[str]:
         """What keeps it from working on these prompts, a sentence each; asked before step 0."""

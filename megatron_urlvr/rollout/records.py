@@ -48,12 +48,15 @@ def group_to_record(group: Group) -> dict[str, Any]:
         if sample.stats is not None:
             record["stats"] = {name: pack_floats(sample.stats.get(name)) for name in sorted(sample.stats.present())}
         samples.append(record)
-    return {
+    whole = {
         "prompt": {"id": prompt.id, "text": prompt.text, "tokens": list(prompt.tokens), "fields": dict(prompt.fields)},
         "classes": group.classes,
         "signals": {name: pack_floats(value) for name, value in group.signals.items()},
         "samples": samples,
     }
+    if group.beside:
+        whole["beside"] = [group_to_record(each) for each in group.beside]
+    return whole
 
 
 def group_from_record(record: Mapping[str, Any]) -> Group:
@@ -80,7 +83,8 @@ def group_from_record(record: Mapping[str, Any]) -> Group:
             )
         )
     signals = {name: unpack_floats(value) for name, value in record.get("signals", {}).items()}
-    return Group(prompt, samples, list(record["classes"]), {k: v for k, v in signals.items() if v is not None})
+    beside = [group_from_record(each) for each in record.get("beside", ())]
+    return Group(prompt, samples, list(record["classes"]), {k: v for k, v in signals.items() if v is not None}, beside)
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -43,8 +43,8 @@ class ReplayEngine(RolloutEngine):
         if not path.exists():
             raise UnusableInput(f"rollout.replay_from = {self.run}: {path.name} was not recorded; lower run.steps")
         self.step = step
-        groups = [_bare(group) for group in read_groups(path)]
-        self._groups = {group.prompt.id: group for group in groups}
+        recorded = [each for group in read_groups(path) for each in (group, *group.beside)]
+        self._groups = {group.prompt.id: _bare(group) for group in recorded}
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
         """The recorded group of each prompt. UnusableInput when one is missing, too small, or of another text."""

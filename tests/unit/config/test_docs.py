@@ -46,6 +46,7 @@ def test_every_setting_stands_in_the_documented_schema_with_its_default(kind):
 def test_options_of_rewards_and_settings_of_tasks_are_documented_with_the_config():
     text = documented_yaml(Config)
     assert "# reward.terms.<name>: options of the reward trajectory_entropy\n" in text
+    assert "# reward.providers.<name>: options of the provider judge\n" in text
     assert "# settings of the task chain_sum\n" in text
     assert "\nanswer_width: 1\n" in text
     assert "answer_width" not in documented_yaml(Config, open_sections=False)

@@ -143,6 +143,61 @@ class TestJudge:
             get_reward("self_verification")().score(responses(["#9-2"]))
 
 
+class TestCotrainedJudge:
+    """Answers 7 three times, 1 twice and none once; verdicts as they are written."""
+
+    TEXTS = ("#9-2", "#1", "#9-2", "nothing", "#1", "#9-2")
+    SAID = ("TTF", "TFF", "FFF", "F.F", "TTT", "TTT")
+
+    def taught(self, by, said=SAID, texts=TEXTS, context=10_000):
+        judge = Scripted(lambda text, k: said[ord(text[0]) - ord("a")][k], context)
+        texts = [f"{letter}{text}" for letter, text in zip("abcdef", texts, strict=False)]
+        options = {"verdict": "whole", "yes": "T", "no": "F", "samples": 3, "temperature": 1.0, "max_new_tokens": 1}
+        taught = provider("judge", judge, cotrain=by, template="{response}{question}", **options)
+        return taught, fetch(taught, responses(texts))
+
+    @staticmethod
+    def seen(lessons):
+        return [(lesson.group.prompt.id, lesson.rewards.tolist()) for lesson in lessons]
+
+    def test_verdicts_are_paid_for_agreeing_with_the_vote_on_as_many_winners_as_others(self):
+        taught, group = self.taught("vote")
+        assert group.classes == [0, 1, 0, None, 1, 0]
+        assert [each.prompt.id for each in group.beside] == [f"train/1#judge{k}" for k in range(6)]
+        assert self.seen(taught.lessons(group)) == [
+            ("train/1#judge0", [1, 1, 0]),
+            ("train/1#judge1", [0, 1, 1]),
+            ("train/1#judge2", [0, 0, 0]),
+            ("train/1#judge3", [1, 0, 1]),  # what is no verdict agrees with nothing
+            ("train/1#judge4", [0, 0, 0]),
+            ("train/1#judge5", [1, 1, 1]),
+        ]
+        assert group.signals["judge"].tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0, 1, 1])
+
+    def test_or_with_a_check_the_first_of_each_kind(self):
+        taught, group = self.taught("check")
+        assert taught.needs == {"check"}
+        group.signals["check"] = torch.tensor([1.0, 1, 1, 0, 1, 1])
+        assert self.seen(taught.lessons(group)) == [("train/1#judge0", [1, 1, 0]), ("train/1#judge3", [1, 0, 1])]
+        del group.signals["check"]
+        with pytest.raises(MissingSignalError, match="'judge' needs the signal 'check'"):
+            taught.lessons(group)
+
+    @pytest.mark.parametrize("texts", [("nothing",) * 6, ("#9-2",) * 6])
+    def test_nothing_is_taught_where_nobody_votes_or_all_agree(self, texts):
+        taught, group = self.taught("vote", texts=texts)
+        assert len(group.beside) == 6
+        assert taught.lessons(group) == []
+
+    def test_what_was_not_asked_about_is_not_taught(self):
+        taught, group = self.taught("vote", texts=("#9-2", "#1", "#9-2", "nothing" * 9, "#1", "#9-2"), context=30)
+        assert [lesson.group.prompt.id[-1] for lesson in taught.lessons(group)] == ["0", "1", "2", "4"]
+
+    def test_a_judge_that_is_not_trained_keeps_nothing(self):
+        taught, group = self.taught(None)
+        assert (taught.teaches, taught.needs, group.beside, taught.lessons(group)) == (False, frozenset(), [], [])
+
+
 class TestVotes:
     """`9,2` and its paraphrase `2,9`: the voters answer the prompt one way and the paraphrase another."""
 
