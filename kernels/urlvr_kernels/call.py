@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from .device import gemm_dtype, wide_dtype
-from .rowstate import Slopes, Wanted
+from .rowstate import COUNT, Slopes, Wanted
+from .stats import TokenStats
 from .tp import TensorParallel
 
 
@@ -53,31 +54,94 @@ class Ops(Protocol):
 
 
 @dataclass(frozen=True)
+class Shard:
+    """This rank's part of the vocabulary."""
+
+    first: int
+    """Global id of the first column."""
+    valid: int
+    """Columns that are real vocabulary; the padding is behind them."""
+    vocab_size: int | None
+    """Real entries of the whole vocabulary, as the caller gave it; None: all columns of all shards."""
+    tp: TensorParallel
+
+    @property
+    def known_size(self) -> int | None:
+        """Real entries of the whole vocabulary, where this rank knows them without asking the others."""
+        return self.valid if self.vocab_size is None and self.tp.group is None else self.vocab_size
+
+    def size(self, state: torch.Tensor) -> int | torch.Tensor:
+        """Real entries of the whole vocabulary; a tensor `[R]` where only its merged `state` `[8, R]` knows them."""
+        return state[COUNT] if self.known_size is None else self.known_size
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What belongs to the rows that are read, `[R]` each."""
+
+    target: torch.Tensor | None
+    """Global ids."""
+    inv_tau: torch.Tensor | float | None
+    """Inverse temperature, `[R]` or a number; None for 1."""
+    index: torch.Tensor | None
+    """Rows of the (gathered) hidden states; None for all of them."""
+    upstream: dict[str, torch.Tensor] | None
+    """Gradients known beforehand, by statistic."""
+    ignored: torch.Tensor | None
+    """bool: rows to be treated as if their hidden state were zero; None where there are none."""
+    asked: int
+    """Rows the caller asked for, ignored ones among them."""
+    kept: torch.Tensor | None = None
+    """Numbers, among those, of the rows that are read; None for all of them."""
+
+    def without_ignored(self) -> Rows:
+        """The rows that carry a target. Looks at values: for CPUs."""
+        if self.ignored is None:
+            return self
+        keep = torch.nonzero(~self.ignored).squeeze(1)
+        return Rows(
+            target=None if self.target is None else self.target[keep],
+            inv_tau=self.inv_tau[keep] if isinstance(self.inv_tau, torch.Tensor) else self.inv_tau,
+            index=keep if self.index is None else self.index[keep],
+            upstream=None if self.upstream is None else {name: value[keep] for name, value in self.upstream.items()},
+            ignored=None,
+            asked=self.asked,
+            kept=keep,
+        )
+
+    def with_ignored_blanked(self) -> Rows:
+        """The same rows; gradients known beforehand are zero where they are ignored."""
+        if self.ignored is None or self.upstream is None:
+            return self
+        blanked = {name: value.masked_fill(self.ignored, 0.0) for name, value in self.upstream.items()}
+        return replace(self, upstream=blanked)
+
+    def spread(self, found: dict[str, torch.Tensor]) -> TokenStats:
+        """Statistics of the rows that were read -> of all rows asked for: the others' are 0, their argmax -1."""
+        out = TokenStats(loss=found.pop("loss", None))
+        for name, value in found.items():
+            blank = -1 if name == "argmax" else 0
+            if self.kept is not None:
+                value = value.new_full((self.asked,), blank).index_copy(0, self.kept, value)
+            elif self.ignored is not None:
+                value = value.masked_fill(self.ignored, blank)
+            setattr(out, name, value)
+        return out
+
+
+@dataclass(frozen=True)
 class HeadCall:
     """One call's arguments, checked and resolved. `R` is the number of rows that are read."""
 
     ops: Ops
     outputs: tuple[str, ...]
-    target: torch.Tensor | None
-    """`[R]` global ids."""
-    inv_tau: torch.Tensor | float | None
-    """Inverse temperature, `[R]` or a number; None for 1."""
-    row_index: torch.Tensor | None
-    """`[R]` rows of the (gathered) hidden states; None for all of them."""
-    ignored: torch.Tensor | None
-    """`[R]` bool: rows to be treated as if their hidden state were zero; None where there are none."""
-    first: int
-    valid: int
-    """Columns of this shard that are real vocabulary; the padding is behind them."""
-    vocab_size: int | None
-    """Real entries of the whole vocabulary; None: the sum of all shards' columns."""
-    tp: TensorParallel
+    shard: Shard
+    rows: Rows
     sequence_parallel: bool
     logits_dtype: torch.dtype
     stash_bytes: int
     workspace_bytes: int
     wgrad: str
-    upstream: dict[str, torch.Tensor] | None
 
     @property
     def wanted(self) -> Wanted:
@@ -92,11 +156,11 @@ def folds_temperature(hidden: torch.Tensor) -> bool:
 
 def read_rows(hidden: torch.Tensor, call: HeadCall, room: torch.Tensor | None = None) -> torch.Tensor:
     """The rows `[R, H]` the head reads: gathered, selected, ignored ones zeroed (in `room` if given), widened."""
-    rows = call.tp.gather_rows(hidden) if call.sequence_parallel else hidden
-    if call.row_index is not None:
-        rows = rows.index_select(0, call.row_index)
-    if call.ignored is not None:
-        mask = call.ignored.unsqueeze(1)
+    rows = call.shard.tp.gather_rows(hidden) if call.sequence_parallel else hidden
+    if call.rows.index is not None:
+        rows = rows.index_select(0, call.rows.index)
+    if call.rows.ignored is not None:
+        mask = call.rows.ignored.unsqueeze(1)
         if rows is not hidden:
             rows.masked_fill_(mask, 0.0)
         elif room is not None:
@@ -104,19 +168,21 @@ def read_rows(hidden: torch.Tensor, call: HeadCall, room: torch.Tensor | None = 
         else:
             rows = rows.masked_fill(mask, 0.0)
     rows = rows.to(gemm_dtype(hidden))
-    if call.inv_tau is not None and folds_temperature(hidden):
-        rows = rows * (call.inv_tau.unsqueeze(1) if isinstance(call.inv_tau, torch.Tensor) else call.inv_tau)
+    if call.rows.inv_tau is not None and folds_temperature(hidden):
+        rows = rows * (
+            call.rows.inv_tau.unsqueeze(1) if isinstance(call.rows.inv_tau, torch.Tensor) else call.rows.inv_tau
+        )
     return rows
 
 
 def logit_scale(hidden: torch.Tensor, call: HeadCall) -> torch.Tensor | float | None:
     """The inverse temperature that is left to apply to logits."""
-    return None if folds_temperature(hidden) else call.inv_tau
+    return None if folds_temperature(hidden) else call.rows.inv_tau
 
 
 def row_scale(hidden: torch.Tensor, call: HeadCall) -> torch.Tensor | float | None:
     """The inverse temperature that the hidden gradient is multiplied by at the end."""
-    return call.inv_tau if folds_temperature(hidden) else None
+    return call.rows.inv_tau if folds_temperature(hidden) else None
 
 
 def cut(value: torch.Tensor | float | None, index: slice) -> torch.Tensor | float | None:

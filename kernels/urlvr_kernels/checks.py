@@ -30,8 +30,10 @@ def require_everywhere(condition: torch.Tensor, sentence: str) -> None:
         torch._assert_async(condition.all(), sentence)
 
 
-def check_outputs(outputs: Sequence[str], target: torch.Tensor | None) -> tuple[str, ...]:
-    """The outputs as a tuple: known names, none twice, at least one."""
+def check_outputs(
+    outputs: Sequence[str], target: torch.Tensor | None, upstream: Mapping[str, torch.Tensor] | None = None
+) -> tuple[str, ...]:
+    """The outputs as a tuple: known names, none twice, at least one; all that upstream has gradients of."""
     _require(
         not isinstance(outputs, str), f"outputs: {outputs!r} is one string; pass a sequence of names, ({outputs!r},)."
     )
@@ -43,6 +45,12 @@ def check_outputs(outputs: Sequence[str], target: torch.Tensor | None) -> tuple[
     _require(
         target is not None or "logp" not in names, "target: missing, and outputs asks for logp; pass target ids [T]."
     )
+    for name in upstream or ():
+        _require(
+            name in DIFFERENTIABLE,
+            f"upstream: {name!r} carries no gradient; choose among {', '.join(DIFFERENTIABLE)}.",
+        )
+        _require(name in names, f"upstream: {name!r} is not among outputs={names}; ask for it there.")
     return names
 
 
@@ -79,7 +87,10 @@ def check_rows(name: str, value: torch.Tensor, rows: int, like_name: str, like: 
 
 
 def check_head(hidden: torch.Tensor, weight: torch.Tensor, wgrad: str, stash_bytes: int, workspace_bytes: int) -> None:
-    """Widths, budgets, and where the weight's gradient goes."""
+    """The two matrices, budgets, and where the weight's gradient goes."""
+    check_matrix("hidden", hidden, "[T, H]")
+    check_matrix("weight", weight, "[V_local, H]")
+    check_same("weight", weight, "hidden", hidden, dtype=True)
     _require(
         hidden.shape[1] == weight.shape[1],
         f"weight: shape {tuple(weight.shape)}; its rows must be as wide as those of hidden, {hidden.shape[1]}.",
@@ -212,17 +223,10 @@ def resolve_temperature(
     return None if value == 1.0 else 1.0 / value
 
 
-def check_upstream(
-    upstream: Mapping[str, torch.Tensor], outputs: tuple[str, ...], rows: int, like_name: str, like: torch.Tensor
-) -> None:
-    """Gradients of differentiable outputs, one entry a row."""
+def check_upstream(upstream: Mapping[str, torch.Tensor], rows: int, like_name: str, like: torch.Tensor) -> None:
+    """Constant gradients, one entry a row."""
     _require(len(upstream) > 0, "upstream: empty; pass {'logp': gradients [T]}, or None for the ordinary form.")
     for name, gradient in upstream.items():
-        _require(
-            name in DIFFERENTIABLE,
-            f"upstream: {name!r} carries no gradient; choose among {', '.join(DIFFERENTIABLE)}.",
-        )
-        _require(name in outputs, f"upstream: {name!r} is not among outputs={outputs}; ask for it there.")
         check_rows(f"upstream[{name!r}]", gradient, rows, like_name, like)
         _require(
             not gradient.requires_grad,

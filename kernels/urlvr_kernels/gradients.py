@@ -22,9 +22,9 @@ class HiddenGrad:
         self._hidden, self._call, self._scale = hidden, call, row_scale(hidden, call)
         self._pending: PendingSum | None = None
         wide, width = wide_dtype(hidden.dtype), hidden.shape[1]
-        self._parallel = call.tp.group is not None
+        self._parallel = call.shard.tp.group is not None
         self._total = hidden.new_empty(rows, width, dtype=wide if self._parallel else hidden.dtype)
-        if call.valid == 0:
+        if call.shard.valid == 0:
             self._total.zero_()
         self._buffer: torch.Tensor | None = None
         if self._total.dtype != wide:
@@ -49,7 +49,7 @@ class HiddenGrad:
             return
         rows = self._total[block] if self._buffer is None else self._buffer[: block.stop - block.start]
         _scale_rows(rows, cut(self._scale, block))
-        if self._buffer is not None and self._call.valid:
+        if self._buffer is not None and self._call.shard.valid:
             self._total[block].copy_(rows)
 
     def last_tile_done(self) -> None:
@@ -61,10 +61,10 @@ class HiddenGrad:
         if self._parallel:
             _scale_rows(self._total, self._scale)
         total = self._total
-        if self._call.row_index is not None:
-            rows = self._hidden.shape[0] * (self._call.tp.size if self._call.sequence_parallel else 1)
-            total = _spread(total, self._call.row_index, rows)
-        self._pending = self._call.tp.sum_over_ranks(total, scatter=self._call.sequence_parallel)
+        if self._call.rows.index is not None:
+            rows = self._hidden.shape[0] * (self._call.shard.tp.size if self._call.sequence_parallel else 1)
+            total = _spread(total, self._call.rows.index, rows)
+        self._pending = self._call.shard.tp.sum_over_ranks(total, scatter=self._call.sequence_parallel)
 
     def finish(self) -> torch.Tensor:
         """The gradient of the `hidden` that was passed in, in its shape and type."""
@@ -103,7 +103,7 @@ class WeightGrad:
         written_once = not on_cpu(weight) and rows <= tiling.tile_rows
         dtype = weight.dtype if written_once else wide_dtype(weight.dtype)
         self._total = weight.new_empty(weight.shape, dtype=dtype)
-        written = call.valid if rows else 0
+        written = call.shard.valid if rows else 0
         if written < weight.shape[0]:
             self._total[written:].zero_()
 

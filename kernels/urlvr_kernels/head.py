@@ -11,8 +11,8 @@ from .call import HeadCall
 from .device import on_cpu
 from .gradients import announce_main_grad
 from .one_pass import one_pass
-from .passes import Stash, backward_pass, forward_pass, vocabulary
-from .rowstate import slopes, statistics
+from .passes import Stash, backward_pass, forward_pass
+from .rowstate import incoming, statistics
 from .stats import DIFFERENTIABLE
 
 
@@ -21,11 +21,11 @@ def head_statistics(hidden: torch.Tensor, weight: torch.Tensor, call: HeadCall) 
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if not differentiable:
         state, _ = forward_pass(hidden, weight, call, stash_bytes=0)
-        _, _, found = statistics(state, call.outputs, vocabulary(call, state))
-        if call.upstream is not None:
-            found["loss"] = _linear_loss(found, call.upstream)
+        _, _, found = statistics(state, call.outputs, call.shard.size(state))
+        if call.rows.upstream is not None:
+            found["loss"] = _linear_loss(found, call.rows.upstream)
         return found
-    if call.upstream is not None:
+    if call.rows.upstream is not None:
         values = _OnePass.apply(hidden, weight, call)
         return dict(zip(("loss", *call.outputs), values, strict=True))
     values = _TwoPass.apply(hidden, weight, call)
@@ -39,7 +39,7 @@ class _TwoPass(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, call: HeadCall) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         state, stash = forward_pass(hidden, weight, call, stash_bytes=call.stash_bytes)
-        vocab = vocabulary(call, state)
+        vocab = call.shard.size(state)
         lse, entropy, found = statistics(state, call.outputs, vocab)
         ctx.mark_non_differentiable(*(value for name, value in found.items() if name not in DIFFERENTIABLE))
         ctx.save_for_backward(hidden, weight, lse, entropy)
@@ -55,7 +55,7 @@ class _TwoPass(torch.autograd.Function):
         given = {k: g for k, g in zip(call.outputs, grads, strict=True) if g is not None and k in DIFFERENTIABLE}
         if not given:
             return None, None, None
-        gradient = slopes(lse, entropy, given, ctx.vocab)
+        gradient = incoming(given, ctx.vocab, lse.dtype).slopes(lse, entropy)
         stash: Stash = ctx.stash
         owner = weight if ctx.main is None else ctx.main
         grad_hidden, grad_weight = backward_pass(hidden, owner, call, gradient, stash, ctx.needs_input_grad[:2])
@@ -71,8 +71,8 @@ class _OnePass(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, call: HeadCall) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         found, ctx.grad_hidden, ctx.grad_weight = one_pass(hidden, weight, call, ctx.needs_input_grad[:2])
-        assert call.upstream is not None
-        found["loss"] = _linear_loss(found, call.upstream)
+        assert call.rows.upstream is not None
+        found["loss"] = _linear_loss(found, call.rows.upstream)
         ctx.mark_non_differentiable(*(value for name, value in found.items() if name not in (*DIFFERENTIABLE, "loss")))
         ctx.main = weight if call.wgrad == "main_grad" and ctx.needs_input_grad[1] else None
         ctx.handed_over = False

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .call import Ops, cut
+from .call import Ops, Rows, Shard, cut
 from .device import wide_dtype
-from .rowstate import COUNT, FIELDS, Wanted, empty_state, slopes, statistics
+from .rowstate import COUNT, FIELDS, Wanted, empty_state, incoming, statistics
 from .stats import DIFFERENTIABLE
 from .tiling import Tiling, tile_logits
-from .tp import TensorParallel
 
 
 @dataclass(frozen=True)
@@ -22,14 +21,8 @@ class LogitsCall:
 
     ops: Ops
     outputs: tuple[str, ...]
-    target: torch.Tensor | None
-    inv_tau: torch.Tensor | float | None
-    ignored: torch.Tensor | None
-    """`[T]` bool: rows whose gradient is zero whatever they hold."""
-    first: int
-    valid: int
-    vocab_size: int | None
-    tp: TensorParallel
+    shard: Shard
+    rows: Rows
     inplace_grad: bool
 
 
@@ -38,7 +31,7 @@ def logits_statistics(logits: torch.Tensor, call: LogitsCall) -> dict[str, torch
     if torch.is_grad_enabled() and logits.requires_grad:
         return dict(zip(call.outputs, _LogitsStats.apply(logits, call), strict=True))
     state = _forward(logits, call)
-    return statistics(state, call.outputs, _vocabulary(call, state))[2]
+    return statistics(state, call.outputs, call.shard.size(state))[2]
 
 
 class _LogitsStats(torch.autograd.Function):
@@ -48,7 +41,7 @@ class _LogitsStats(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, call: LogitsCall) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         state = _forward(logits, call)
-        ctx.vocab = _vocabulary(call, state)
+        ctx.vocab = call.shard.size(state)
         lse, entropy, found = statistics(state, call.outputs, ctx.vocab)
         ctx.mark_non_differentiable(*(value for name, value in found.items() if name not in DIFFERENTIABLE))
         ctx.save_for_backward(logits, lse, entropy)
@@ -63,33 +56,33 @@ class _LogitsStats(torch.autograd.Function):
         given = {k: g for k, g in zip(call.outputs, grads, strict=True) if g is not None and k in DIFFERENTIABLE}
         if not given:
             return None, None
-        gradient = slopes(lse, entropy, given, ctx.vocab)
+        gradient = incoming(given, ctx.vocab, lse.dtype).slopes(lse, entropy)
         if call.inplace_grad:
             out = logits.detach()
             torch.autograd.graph.increment_version(logits)  # a second backward through these logits must not succeed
         else:
             out = torch.empty_like(logits)
-        out[:, call.valid :].zero_()
+        out[:, call.shard.valid :].zero_()
         tiling = _tiling(logits, call)
         for tile in tiling.tiles(slice(0, logits.shape[0])):
-            for columns in tiling.chunks(call.valid):
+            for columns in tiling.chunks(call.shard.valid):
                 call.ops.dlogits(
                     logits.detach()[tile, columns],
                     out[tile, columns],
                     gradient.rows(tile),
-                    target=None if call.target is None else call.target[tile],
-                    first=call.first + columns.start,
-                    inv_tau=cut(call.inv_tau, tile),
+                    target=None if call.rows.target is None else call.rows.target[tile],
+                    first=call.shard.first + columns.start,
+                    inv_tau=cut(call.rows.inv_tau, tile),
                     masked=True,
                 )
-        if call.ignored is not None:
-            out.masked_fill_(call.ignored.unsqueeze(1), 0.0)
+        if call.rows.ignored is not None:
+            out.masked_fill_(call.rows.ignored.unsqueeze(1), 0.0)
         return out, None
 
 
 def _tiling(logits: torch.Tensor, call: LogitsCall) -> Tiling:
     if call.ops.fused:
-        return Tiling(max(logits.shape[0], 1), max(logits.shape[0], 1), max(call.valid, 1))
+        return Tiling(max(logits.shape[0], 1), max(logits.shape[0], 1), max(call.shard.valid, 1))
     return tile_logits(*logits.shape, itemsize=wide_dtype(logits.dtype).itemsize, device=logits.device)
 
 
@@ -98,7 +91,7 @@ def _forward(logits: torch.Tensor, call: LogitsCall) -> torch.Tensor:
     rows, wide, wanted = logits.shape[0], wide_dtype(logits.dtype), Wanted.of(call.outputs)
     logits = logits.detach()
     tiling = _tiling(logits, call)
-    chunks = tiling.chunks(call.valid)
+    chunks = tiling.chunks(call.shard.valid)
     if chunks:
         parts = logits.new_empty(len(chunks), FIELDS, rows, dtype=wide)
     else:  # a shard of padding alone
@@ -110,15 +103,9 @@ def _forward(logits: torch.Tensor, call: LogitsCall) -> torch.Tensor:
                 logits[tile, columns],
                 part[:, tile],
                 wanted,
-                target=None if call.target is None else call.target[tile],
-                first=call.first + columns.start,
-                inv_tau=cut(call.inv_tau, tile),
+                target=None if call.rows.target is None else call.rows.target[tile],
+                first=call.shard.first + columns.start,
+                inv_tau=cut(call.rows.inv_tau, tile),
                 masked=True,
             )
-    return call.ops.merge(call.tp.gather_states(call.ops.merge(parts, wanted)), wanted)
-
-
-def _vocabulary(call: LogitsCall, state: torch.Tensor) -> int | torch.Tensor:
-    if call.vocab_size is not None:
-        return call.vocab_size
-    return call.valid if call.tp.group is None else state[COUNT]
+    return call.ops.merge(call.shard.tp.gather_states(call.ops.merge(parts, wanted)), wanted)

@@ -23,8 +23,6 @@ from .gradients import HiddenGrad, WeightGrad
 from .rowstate import COUNT, FIELDS, Slopes, empty_state
 from .tiling import Tiling, row_pitch, tile_head
 
-Vocab = int | torch.Tensor
-
 
 def _tile_view(flat: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """`[rows, columns]` at the start of a flat buffer, rows a `row_pitch` apart."""
@@ -76,7 +74,7 @@ def room_for_states(chunks: list[slice], rows: int, like: torch.Tensor, call: He
     if not chunks:  # a shard of padding alone
         return empty_state(0, rows, like=like, dtype=wide).unsqueeze(0)
     parts = like.new_empty(len(chunks), FIELDS, rows, dtype=wide)
-    if len(chunks) > 1 or call.tp.group is not None:  # a state that is merged with nothing needs no count
+    if len(chunks) > 1 or call.shard.tp.group is not None:  # a state that is merged with nothing needs no count
         parts[:, COUNT].fill_(chunks[0].stop)
         parts[-1, COUNT].fill_(chunks[-1].stop - chunks[-1].start)
     return parts
@@ -85,21 +83,14 @@ def room_for_states(chunks: list[slice], rows: int, like: torch.Tensor, call: He
 def _two_pass_tiling(rows: int, call: HeadCall, like: torch.Tensor, *, transient: bool) -> Tiling:
     return tile_head(
         rows,
-        call.valid,
+        call.shard.valid,
         width=like.shape[1],
         itemsize=call.logits_dtype.itemsize,
         device=like.device,
         workspace_bytes=call.workspace_bytes,
         transient=transient,
-        many_blocks=call.wgrad == "main_grad" and call.tp.group is None,
+        many_blocks=call.wgrad == "main_grad" and call.shard.tp.group is None,
     )
-
-
-def vocabulary(call: HeadCall, state: torch.Tensor) -> Vocab:
-    """Number of real vocabulary entries; a tensor `[R]` where only the merged state knows it."""
-    if call.vocab_size is not None:
-        return call.vocab_size
-    return call.valid if call.tp.group is None else state[COUNT]
 
 
 def forward_pass(
@@ -112,7 +103,7 @@ def forward_pass(
     tiling = _two_pass_tiling(rows.shape[0], call, rows, transient=stash_bytes == 0)
     stash = Stash(stash_bytes)
     work = Workspace(tiling.tile_rows, tiling.chunk, rows, call.logits_dtype)
-    chunks = tiling.chunks(call.valid)
+    chunks = tiling.chunks(call.shard.valid)
     states = []
     for block in tiling.blocks(rows.shape[0]):
         parts = room_for_states(chunks, block.stop - block.start, rows, call)
@@ -127,7 +118,7 @@ def forward_pass(
     state = (
         states[0] if len(states) == 1 else torch.cat(states, 1) if states else empty_state(0, 0, like=rows, dtype=wide)
     )
-    return call.ops.merge(call.tp.gather_states(state), call.wanted), stash
+    return call.ops.merge(call.shard.tp.gather_states(state), call.wanted), stash
 
 
 def backward_pass(
@@ -147,7 +138,7 @@ def backward_pass(
     slope_room = room_for_dlogits(work, rows, call)
     scale = logit_scale(hidden, call)
     for block in tiling.blocks(count):
-        for columns in tiling.chunks(call.valid):
+        for columns in tiling.chunks(call.shard.valid):
             chunk_weight = weight[columns].to(rows.dtype)
             for tile in tiling.tiles(block):
                 logits = stash.get(tile, columns)
@@ -175,7 +166,7 @@ class Sums:
     ) -> None:
         self._hidden = HiddenGrad(count, hidden, call, tiling) if need[0] else None
         self._weight = WeightGrad(count, weight, call, tiling) if need[1] else None
-        self._end = (count, call.valid)
+        self._end = (count, call.shard.valid)
 
     @property
     def room(self) -> torch.Tensor | None:
@@ -218,8 +209,8 @@ def state_of_tile(
         logits,
         state,
         call.wanted,
-        target=None if call.target is None else call.target[tile],
-        first=call.first + columns.start,
+        target=None if call.rows.target is None else call.rows.target[tile],
+        first=call.shard.first + columns.start,
         inv_tau=cut(scale, tile),
         whole=is_whole(call, columns),
         consume=consume,
@@ -239,8 +230,8 @@ def dlogits_of_tile(
         logits,
         out,
         gradient,
-        target=None if call.target is None else call.target[tile],
-        first=call.first + columns.start,
+        target=None if call.rows.target is None else call.rows.target[tile],
+        first=call.shard.first + columns.start,
         inv_tau=cut(scale, tile),
         whole=is_whole(call, columns),
     )
@@ -248,7 +239,9 @@ def dlogits_of_tile(
 
 def is_whole(call: HeadCall, columns: slice) -> bool:
     """Whether every row's target is known to be among these columns."""
-    return call.tp.group is None and call.ignored is None and columns.stop - columns.start == call.valid
+    return (
+        call.shard.tp.group is None and call.rows.ignored is None and columns.stop - columns.start == call.shard.valid
+    )
 
 
 def inside(tile: slice, block: slice) -> slice:

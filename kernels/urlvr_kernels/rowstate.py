@@ -137,36 +137,47 @@ class Slopes:
         """The slopes of some rows."""
         if index.start == 0 and index.stop == self.lse.shape[0]:
             return self
-
-        def cut(value: torch.Tensor | None) -> torch.Tensor | None:
-            return None if value is None else value[index]
-
-        return Slopes(self.lse[index], self.alpha[index], cut(self.beta), cut(self.label), cut(self.uniform))
+        scalars = (self.beta, self.label, self.uniform)
+        return Slopes(self.lse[index], self.alpha[index], *(_cut(scalar, index) for scalar in scalars))
 
 
-def slopes(
-    lse: torch.Tensor,
-    entropy: torch.Tensor,
-    grads: dict[str, torch.Tensor],
-    vocab_size: int | torch.Tensor,
-) -> Slopes:
-    """Turns the gradients of the statistics into `Slopes`. grads: `{name: [T]}`, only names with a gradient.
+@dataclass(frozen=True)
+class Incoming:
+    """Per-row scalars of the gradients that reach the statistics, before a row's logits are known; `[T]` each.
 
-    From d logp = label - p, d entropy = -p (q + entropy), d self_certainty = p - 1/V, d lse = p, with q = log p.
+    With `q = log p`:  dz = p * (base + tilt * (q + entropy)) + label * [column = target] + uniform, from
+    d logp = [column = target] - p, d entropy = -p (q + entropy), d self_certainty = p - 1/V, d lse = p.
     """
-    alpha = torch.zeros_like(lse)
-    beta = label = uniform = None
-    if "logp" in grads:
-        label = grads["logp"].to(lse.dtype)
-        alpha -= label
-    if "entropy" in grads:
-        g = grads["entropy"].to(lse.dtype)
-        alpha -= g * entropy
-        beta = -g
-    if "self_certainty" in grads:
-        g = grads["self_certainty"].to(lse.dtype)
-        alpha += g
-        uniform = -g / vocab_size
-    if "lse" in grads:
-        alpha += grads["lse"].to(lse.dtype)
-    return Slopes(lse, alpha, beta, label, uniform)
+
+    base: torch.Tensor
+    tilt: torch.Tensor | None
+    label: torch.Tensor | None
+    uniform: torch.Tensor | None
+
+    def rows(self, index: slice) -> Incoming:
+        """The scalars of some rows."""
+        return Incoming(self.base[index], *(_cut(x, index) for x in (self.tilt, self.label, self.uniform)))
+
+    def slopes(self, lse: torch.Tensor, entropy: torch.Tensor) -> Slopes:
+        """The slopes of rows with this log-sum-exp and entropy."""
+        alpha = self.base if self.tilt is None else self.base + self.tilt * entropy
+        return Slopes(lse, alpha, self.tilt, self.label, self.uniform)
+
+
+def incoming(grads: dict[str, torch.Tensor], vocab_size: int | torch.Tensor, dtype: torch.dtype) -> Incoming:
+    """`Incoming` of the gradients of the statistics, `{name: [T]}`: only names with a gradient, at least one."""
+    wide = {name: gradient.to(dtype) for name, gradient in grads.items()}
+    base = torch.zeros_like(next(iter(wide.values())))
+    for name, sign in (("logp", -1.0), ("self_certainty", 1.0), ("lse", 1.0)):
+        if name in wide:
+            base.add_(wide[name], alpha=sign)
+    return Incoming(
+        base,
+        tilt=-wide["entropy"] if "entropy" in wide else None,
+        label=wide.get("logp"),
+        uniform=-wide["self_certainty"] / vocab_size if "self_certainty" in wide else None,
+    )
+
+
+def _cut(value: torch.Tensor | None, index: slice) -> torch.Tensor | None:
+    return None if value is None else value[index]

@@ -9,8 +9,12 @@ import torch
 CPU_TILE_BYTES = 8 << 20
 """Tall tiles: a GEMM packs its weight chunk once a tile. What reads them goes through in bands (`torch_ops`)."""
 CPU_TILE_ROWS = 2048
-CPU_BLOCK_BYTES = 64 << 20
-"""Whole rows of the one-pass form: fresh pages cost more than another pass over dW saves."""
+CPU_BLOCK_BYTES = 31 << 20
+"""Whole rows of the one-pass form. Memory of 32 MiB and more is given back to the system and fetched anew, page by
+page, at every call (glibc); that costs more than the further passes over dW."""
+CPU_PITCH_PERIOD = 256
+"""Rows a multiple of so many elements apart fall on the same few places of a cache, which is felt by a GEMM that reads
+columns."""
 GPU_FORWARD_BYTES = 32 << 20
 """A forward chunk that nobody keeps: it stays in an H100's 50 MB of L2 between the GEMM and its reader."""
 MAX_BLOCK_ROWS = 16384
@@ -24,9 +28,17 @@ GPU_CHUNK_ALIGN = 256
 
 
 def row_pitch(columns: int, device: torch.device) -> int:
-    """Elements from one row of a logits buffer to the next: on GPUs rows begin on 128-byte borders (for 2-byte types),
-    so that GEMMs and kernels move 16 bytes at a time whatever the number of columns."""
-    return columns if device.type == "cpu" else -(-columns // 64) * 64
+    """Elements from one row of a logits buffer to the next; never less for more columns.
+
+    On GPUs rows begin on 128-byte borders (for 2-byte types), so that GEMMs and kernels move 16 bytes at a time
+    whatever the number of columns; on CPUs wide rows avoid the distances that are bad for caches.
+    """
+    if device.type != "cpu":
+        return -(-columns // 64) * 64
+    if columns < CPU_PITCH_PERIOD:
+        return columns
+    aligned = -(-columns // 16) * 16
+    return aligned if aligned % CPU_PITCH_PERIOD else aligned + 16
 
 
 @dataclass(frozen=True)
@@ -98,10 +110,11 @@ def tile_one_pass(rows: int, columns: int, *, itemsize: int, device: torch.devic
     columns: what every rank agrees on (the collective of each block must match), not this rank's own width.
     """
     rows, columns = max(rows, 1), max(columns, 1)
-    budget = min(workspace_bytes, CPU_BLOCK_BYTES) if device.type == "cpu" else workspace_bytes
-    block = min(rows, max(1, budget // (columns * itemsize)))
-    if block >= 128:
-        block = block // 128 * 128
+    cpu = device.type == "cpu"
+    budget, align = (min(workspace_bytes, CPU_BLOCK_BYTES), 16) if cpu else (workspace_bytes, 128)
+    block = min(rows, max(1, budget // (row_pitch(columns, device) * itemsize)))
+    if block >= align:
+        block = block // align * align
     return Tiling(block, block, columns)
 
 

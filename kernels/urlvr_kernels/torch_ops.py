@@ -6,13 +6,13 @@ A backend is these two operations; everything else (tiling, GEMMs, tensor parall
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from .call import cut
 from .device import on_cpu
-from .rowstate import ARGMAX, CENTRED, MAX, SECOND, SPREAD, SUM, TARGET, Slopes, Wanted, merge
+from .rowstate import ARGMAX, CENTRED, MAX, SECOND, SPREAD, SUM, TARGET, Incoming, Slopes, Wanted, merge
 
 CPU_BAND_BYTES = 1 << 20
 """Logits that one sequence of elementwise operations goes through: they and their exponentials stay in a core's L2
@@ -47,7 +47,7 @@ class TorchOps:
         (grammar masks).
         """
         room = _Room(state.dtype)
-        for band in _bands(logits, CPU_BAND_BYTES):
+        for band in _bands(logits):
             self._row_state(
                 logits[band],
                 state[:, band],
@@ -79,7 +79,7 @@ class TorchOps:
         probability nothing would be left after the subtraction.
         """
         room = _Room(slopes.lse.dtype)
-        for band in _bands(logits, CPU_BAND_BYTES):
+        for band in _bands(logits):
             self._dlogits(
                 logits[band],
                 out[band],
@@ -92,49 +92,55 @@ class TorchOps:
                 room=room,
             )
 
-    def row_state_and_dlogits(
+    def state_and_dlogits(
         self,
         logits: torch.Tensor,
-        out: torch.Tensor,
         state: torch.Tensor,
         wanted: Wanted,
-        slopes_of: Callable[[torch.Tensor, slice], Slopes],
+        gradient: Incoming,
         *,
         target: torch.Tensor | None,
         first: int,
-        inv_tau: torch.Tensor | float | None,
         whole: bool = False,
     ) -> None:
-        """`row_state` and `dlogits` of rows whose logits are all here, while a band of them is in the cache.
+        """`row_state` (but SECOND and ARGMAX), and dlogits over `logits`, of rows whose logits are all here.
 
-        Each exponential is used for both. `logits` is overwritten, and may be `out`. `slopes_of(state, rows)` gives the
-        slopes of some rows from their state `[8, r]`.
+        Done while a band of rows is in the cache, with one exponential. `logits` `[R, C]` are over temperature, in the
+        type of `state` `[8, R]`. With d = z - m, log p + entropy = d - CENTRED / SUM: no logarithm is needed.
         """
         room = _Room(state.dtype)
-        for band in _bands(logits, CPU_JOINED_BAND_BYTES):
-            local = None if target is None else target[band]
-            scale = cut(inv_tau, band)
-            d, e = self._row_state(
-                logits[band],
-                state[:, band],
-                wanted,
-                target=local,
-                first=first,
-                inv_tau=scale,
-                whole=whole,
-                consume=True,
-                masked=False,
-                room=room,
-                keep=True,
-            )
-            slopes, total = slopes_of(state[:, band], band), state[SUM, band].unsqueeze(1)
-            alpha = slopes.alpha.unsqueeze(1)
-            if slopes.beta is None:
-                dz = torch.mul(e, alpha / total, out=out[band] if out.dtype == e.dtype else e)
-            else:  # z - lse = d - log total
-                beta = slopes.beta.unsqueeze(1)
-                dz = d.mul_(beta / total).add_((alpha - beta * total.log()) / total).mul_(e)
-            self._finish(dz, out[band], slopes, target=local, first=first, inv_tau=scale, whole=whole)
+        here, local = (None, None) if target is None else _places(target, first, logits.shape[1], whole)
+        if wanted.target:
+            assert local is not None
+            torch.gather(logits, 1, local, out=state[TARGET].unsqueeze(1))
+        size = _band_rows(logits, CPU_JOINED_BAND_BYTES)
+        fields = state.unsqueeze(2)  # one column a row, as the logits' bands want it
+        cut = (x.split(size) for x in (logits, fields[MAX], fields[SUM], fields[CENTRED], fields[SPREAD]))
+        base, tilt, uniform = (_split(x, size) for x in (gradient.base, gradient.tilt, gradient.uniform))
+        for i, (z, top, total, centred, spread) in enumerate(zip(*cut, strict=True)):
+            torch.amax(z, 1, keepdim=True, out=top)
+            d, e = z.sub_(top), room.like(z, 0)
+            if wanted.spread:
+                torch.sum(d, 1, keepdim=True, out=spread)
+            torch.exp(d, out=e)
+            torch.sum(e, 1, keepdim=True, out=total)
+            if wanted.centred:
+                torch.sum(d.mul_(e), 1, keepdim=True, out=centred)
+            inverse = total.reciprocal()
+            if tilt:
+                beta = tilt[i] * inverse
+                d.mul_(beta).addcmul_(e, torch.addcmul(base[i], centred, beta, value=-1).mul_(inverse))
+            else:
+                torch.mul(e, base[i] * inverse, out=d)
+            if uniform:
+                d.add_(uniform[i])
+        if wanted.target:
+            state[TARGET].sub_(state[MAX])
+            if here is not None:
+                state[TARGET].masked_fill_(~here, -math.inf)
+        if gradient.label is not None:
+            assert local is not None
+            _add_label(logits, gradient.label, here, local)
 
     def _row_state(
         self,
@@ -149,9 +155,7 @@ class TorchOps:
         consume: bool,
         masked: bool,
         room: _Room,
-        keep: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes a band's state. `keep`: returns z - m and its exponential; else what is returned means nothing."""
+    ) -> None:
         z = _scaled(logits, state.dtype, inv_tau)
         where = None
         if wanted.argmax or wanted.second:
@@ -165,28 +169,24 @@ class TorchOps:
         d = z.sub_(centre) if consume or z is not logits else torch.sub(z, centre, out=room.like(z, 0))
         if wanted.target:
             assert target is not None
-            if whole:
-                torch.gather(d, 1, _columns(target, first), out=state[TARGET].unsqueeze(1))
-            else:
-                here, local = _here(target, first, z.shape[1])
-                torch.where(here, d.gather(1, local).squeeze(1), _scalar(-math.inf, d), out=state[TARGET])
+            here, local = _places(target, first, z.shape[1], whole)
+            torch.gather(d, 1, local, out=state[TARGET].unsqueeze(1))
+            if here is not None:
+                state[TARGET].masked_fill_(~here, -math.inf)
         if wanted.spread:
             torch.sum(d, 1, out=state[SPREAD])
-        if not keep and not wanted.centred and where is None:
+        if not wanted.centred and where is None:
             torch.sum(d.exp_(), 1, out=state[SUM])
-            return d, d
+            return
         e = torch.exp(d, out=room.like(d, 1))
         torch.sum(e, 1, out=state[SUM])
         if wanted.centred:
             if masked:  # -inf * 0 would be NaN; x exp(x) tends to 0
                 d.clamp_(min=torch.finfo(d.dtype).min)
-            product = torch.mul(e, d, out=room.like(d, 2)) if keep else e.mul_(d)
-            torch.sum(product, 1, out=state[CENTRED])
+            torch.sum(e.mul_(d), 1, out=state[CENTRED])
         if wanted.second:
             assert where is not None
-            others = d.clone() if keep else d
-            state[SECOND] = top + others.scatter_(1, where.unsqueeze(1), -math.inf).amax(1)
-        return d, e
+            state[SECOND] = top + d.scatter_(1, where.unsqueeze(1), -math.inf).amax(1)
 
     def _dlogits(
         self,
@@ -214,27 +214,9 @@ class TorchOps:
             if masked:
                 q.clamp_(min=torch.finfo(q.dtype).min / 1024)
             dz = q.mul_(slopes.beta.unsqueeze(1)).add_(slopes.alpha.unsqueeze(1)).mul_(p)
-        self._finish(dz, out, slopes, target=target, first=first, inv_tau=inv_tau, whole=whole)
-
-    @staticmethod
-    def _finish(
-        dz: torch.Tensor,
-        out: torch.Tensor,
-        slopes: Slopes,
-        *,
-        target: torch.Tensor | None,
-        first: int,
-        inv_tau: torch.Tensor | float | None,
-        whole: bool,
-    ) -> None:
-        """The label, the uniform part and the temperature: from `dz` into `out`."""
         if slopes.label is not None:
             assert target is not None
-            if whole:
-                dz.scatter_add_(1, _columns(target, first), slopes.label.unsqueeze(1))
-            else:
-                here, local = _here(target, first, dz.shape[1])
-                dz.scatter_add_(1, local, torch.where(here, slopes.label, _scalar(0.0, dz)).unsqueeze(1))
+            _add_label(dz, slopes.label, *_places(target, first, dz.shape[1], whole))
         if slopes.uniform is not None:
             dz.add_(slopes.uniform.unsqueeze(1))
         if inv_tau is not None:
@@ -261,19 +243,24 @@ class _Room:
         return self._flat[which][: band.numel()].view(band.shape)
 
 
-def _bands(logits: torch.Tensor, limit: int) -> Iterator[slice]:
-    """Slices of rows within `limit` bytes, which a CPU's cache holds; elsewhere all rows at once."""
+def _band_rows(logits: torch.Tensor, limit: int) -> int:
+    """Rows of `logits` that are within `limit` bytes, which a CPU's cache holds; elsewhere all rows at once."""
     rows, columns = logits.shape
-    band = rows
-    if on_cpu(logits):
-        band = min(rows, max(1, limit // (max(columns, 1) * max(logits.itemsize, 4))))
-    for start in range(0, rows, max(band, 1)):
+    if not on_cpu(logits):
+        return max(rows, 1)
+    return min(max(rows, 1), max(1, limit // (max(columns, 1) * max(logits.itemsize, 4))))
+
+
+def _bands(logits: torch.Tensor) -> Iterator[slice]:
+    """Slices of rows, one a band."""
+    rows, band = logits.shape[0], _band_rows(logits, CPU_BAND_BYTES)
+    for start in range(0, rows, band):
         yield slice(start, min(start + band, rows))
 
 
-def _scalar(value: float, like: torch.Tensor) -> torch.Tensor:
-    """A zero-dimensional constant made on the device of `like`, without a copy from the host."""
-    return torch.full((), value, dtype=like.dtype, device=like.device)
+def _split(scalars: torch.Tensor | None, size: int) -> tuple[torch.Tensor, ...]:
+    """`[R]` -> bands `[r, 1]`; none of nothing."""
+    return () if scalars is None else scalars.unsqueeze(1).split(size)
 
 
 def _scaled(logits: torch.Tensor, dtype: torch.dtype, inv_tau: torch.Tensor | float | None) -> torch.Tensor:
@@ -284,14 +271,19 @@ def _scaled(logits: torch.Tensor, dtype: torch.dtype, inv_tau: torch.Tensor | fl
     return z * (inv_tau.unsqueeze(1) if isinstance(inv_tau, torch.Tensor) else inv_tau)
 
 
-def _columns(target: torch.Tensor, first: int) -> torch.Tensor:
-    """`[R, 1]` int64 column of each target."""
-    local = target if first == 0 else target - first
-    return local.to(torch.int64).unsqueeze(1)
+def _places(target: torch.Tensor, first: int, columns: int, whole: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """`([R] bool: the target is among the columns, [R, 1] int64 its column, clamped into range elsewhere)`.
 
-
-def _here(target: torch.Tensor, first: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`([R] bool: the target is among the columns, [R, 1] its column, clamped into range elsewhere)`."""
-    local = _columns(target, first)
+    None instead of the mask where `whole` promises that every target is.
+    """
+    local = (target if first == 0 else target - first).to(torch.int64).unsqueeze(1)
+    if whole:
+        return None, local
     inside = local.clamp(0, columns - 1)
     return (local == inside).squeeze(1), inside
+
+
+def _add_label(dz: torch.Tensor, label: torch.Tensor, here: torch.Tensor | None, local: torch.Tensor) -> None:
+    """Adds each row's `label` `[R]` at its target, at the places that `_places` found."""
+    value = label if here is None else label.masked_fill(~here, 0.0)
+    dz.scatter_add_(1, local, value.unsqueeze(1))

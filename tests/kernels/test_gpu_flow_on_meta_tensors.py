@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from urlvr_kernels import OUTPUTS, api, lm_head_stats, logits_stats
 from urlvr_kernels.head import head_statistics
 from urlvr_kernels.one_pass import one_pass
-from urlvr_kernels.passes import backward_pass, forward_pass, vocabulary
-from urlvr_kernels.rowstate import slopes, statistics
+from urlvr_kernels.passes import backward_pass, forward_pass
+from urlvr_kernels.rowstate import incoming, statistics
 
 MIB = 1 << 20
 
@@ -98,13 +98,13 @@ def test_the_gpu_path_waits_for_nothing_and_keeps_its_types(form, logits_dtype):
             workspace_bytes=MIB,
             upstream={"logp": torch.ones(200, device="meta")} if form == "one pass" else None,
         )
-        assert call.ignored is not None
+        assert call.rows.ignored is not None
         if form == "one pass":
             found, grad_hidden, grad_weight = one_pass(hidden, weight, call, (True, True))
         else:
             state, stash = forward_pass(hidden, weight, call, stash_bytes=MIB if form == "stash" else 0)
-            lse, entropy, found = statistics(state, OUTPUTS, vocabulary(call, state))
-            gradient = slopes(lse, entropy, {"logp": lse, "entropy": lse}, 4999)
+            lse, entropy, found = statistics(state, OUTPUTS, call.shard.size(state))
+            gradient = incoming({"logp": lse, "entropy": lse}, 4999, lse.dtype).slopes(lse, entropy)
             grad_hidden, grad_weight = backward_pass(hidden, weight, call, gradient, stash, (True, True))
         assert found["logp"].shape == (200,)
         assert found["logp"].dtype == torch.float32
@@ -132,11 +132,14 @@ def test_recomputing_takes_at_most_300_mb_beyond_inputs_and_gradients(rows, widt
     weight.main_grad = torch.empty(vocab, width, device="meta")
     with torch.no_grad():
         call = capture(hidden, weight, torch.zeros(rows, device="meta", dtype=torch.int64), wgrad=wgrad)
-        with PeakMemory(hidden, weight, call.target, call.ignored) as forward:
+        with PeakMemory(hidden, weight, call.rows.target, call.rows.ignored) as forward:
             state, stash = forward_pass(hidden, weight, call, stash_bytes=0)
             lse, entropy, _ = statistics(state, call.outputs, vocab)
-        with PeakMemory(hidden, weight, call.target, call.ignored, weight.main_grad, lse, entropy) as backward:
-            gradient = slopes(lse, entropy, {"logp": lse, "entropy": lse, "self_certainty": lse}, vocab)
+        with PeakMemory(
+            hidden, weight, call.rows.target, call.rows.ignored, weight.main_grad, lse, entropy
+        ) as backward:
+            given = {"logp": lse, "entropy": lse, "self_certainty": lse}
+            gradient = incoming(given, vocab, lse.dtype).slopes(lse, entropy)
             grads = backward_pass(hidden, weight, call, gradient, stash, (True, True))
         own = sum(grad.untyped_storage().nbytes() for grad in grads if grad is not None)
     assert 30e6 < forward.peak <= 300e6

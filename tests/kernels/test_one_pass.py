@@ -8,9 +8,10 @@ from kernel_cases import assert_grad_close, assert_stats_close, make_case, oracl
 from urlvr_kernels import DIFFERENTIABLE, OUTPUTS, lm_head_stats
 
 
+@pytest.mark.parametrize("outputs", [OUTPUTS, DIFFERENTIABLE], ids=["with the order of logits", "without"])
 @pytest.mark.parametrize("workspace", [1, 20_000, 1 << 24])
-@pytest.mark.parametrize("names", [("logp",), DIFFERENTIABLE])
-def test_its_gradients_are_those_of_the_two_pass_form(names, workspace):
+@pytest.mark.parametrize("names", [("logp",), ("self_certainty",), ("entropy", "lse"), DIFFERENTIABLE])
+def test_its_gradients_are_those_of_the_two_pass_form(names, workspace, outputs):
     case = make_case(37, 12, 300)
     case.target[5] = -100
     tau = torch.rand(37, dtype=torch.float64) + 0.5
@@ -19,10 +20,10 @@ def test_its_gradients_are_those_of_the_two_pass_form(names, workspace):
     upstream = {name: case.grads[name] for name in names}
     with small_tiles(1024, 8):
         stats = lm_head_stats(
-            hidden, weight, case.target, temperature=tau, outputs=OUTPUTS, upstream=upstream, workspace_bytes=workspace
+            hidden, weight, case.target, temperature=tau, outputs=outputs, upstream=upstream, workspace_bytes=workspace
         )
     stats.loss.backward()
-    assert_stats_close(stats, expected[0], OUTPUTS, 1e-11)
+    assert_stats_close(stats, expected[0], outputs, 1e-11)
     assert_grad_close(hidden.grad, expected[1], 1e-11, "hidden")
     assert_grad_close(weight.grad, expected[2], 1e-11, "weight")
     assert torch.allclose(stats.loss.detach(), weighted_sum(expected[0], case.grads, names).detach())
