@@ -42,7 +42,7 @@ from .policy.batch import Row
 from .policy.optimizer import learning_rate
 from .rewards.combine import RewardResult
 from .rollout.faults import Abandoned, RolloutFailed
-from .run.endings import run_to_its_end
+from .run.endings import ended_before_it_began, run_to_its_end
 from .run.files import RunFiles
 from .run.interrupts import Interrupts, Preempted
 from .types import Group
@@ -59,7 +59,11 @@ def main(config: Config) -> int:
     ):
         if files.finished is not None:
             return files.finished
-        with closing(build(config, layout)) as parts:
+        try:
+            parts = build(config, layout, interrupted=lambda: interrupts.received is not None)
+        except (RolloutFailed, Abandoned) as error:
+            return ended_before_it_began(error, layout)
+        with closing(parts):
             return run_to_its_end(Trainer(config, parts, files, interrupts))
 
 

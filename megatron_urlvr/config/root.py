@@ -211,6 +211,28 @@ class Config(Section):
             )
         return None
 
+    @rule("servers.colocated", "rollout.engine", "rollout.max_staleness", "run.rollout_only", "reward.providers")
+    def _servers_in_turns(self) -> str | None:
+        if not self.servers.colocated:
+            return None
+        if self.rollout.engine != "sglang":
+            return f"servers.colocated = true with rollout.engine = {self.rollout.engine!r}, which has no servers"
+        if self.rollout.max_staleness:
+            return (
+                f"servers.colocated = true with rollout.max_staleness = {self.rollout.max_staleness}: nothing can be "
+                "generated while the policy trains on the same GPUs; set rollout.max_staleness=0, or give servers GPUs "
+                "of their own"
+            )
+        if self.run.rollout_only:
+            return "servers.colocated = true with run.rollout_only = true: nothing trains that memory could be for"
+        for label, provider in self.reward.providers.items():
+            if provider.options.get("weights") == "policy":
+                return (
+                    f"servers.colocated = true with reward.providers.{label}.weights = 'policy': the servers sleep "
+                    "when providers ask; set weights=servers and a pool on GPUs of its own"
+                )
+        return None
+
     @rule("run.rollout_only", "rollout.engine")
     def _recording_a_replay(self) -> str | None:
         if self.run.rollout_only and self.rollout.engine == "replay":

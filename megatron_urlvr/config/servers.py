@@ -44,6 +44,9 @@ class PoolSection(Section):
 class ServersSection(Section):
     pools: dict[str, PoolSection] = Field(default_factory=lambda: {POLICY: PoolSection()})
     """Servers by what they are for. `policy` follows the policy's weights; others keep the ones they started with."""
+    colocated: bool = False
+    """Servers run on the trainer's own GPUs, and hand the memory of their weights and cache over while the policy
+    trains. Needs `transport: disk`, and every host of the trainer to run its servers (`urlvr rollout serve`)."""
     transport: Literal["group", "disk"] = "group"
     """How weights travel. `group`: broadcast over a process group (NCCL, or gloo on a CPU); `disk`: servers read the
     snapshot. With both, a server that comes back in mid-step reads the snapshot."""
@@ -98,6 +101,27 @@ class ServersSection(Section):
                 return f"pools.{name}.router = {pool.router!r}: {problem}"
             if pool.router is not None and name != POLICY:
                 return f"pools.{name}.router = {pool.router!r}: only the pool {POLICY!r} is asked through a router"
+        return None
+
+    @rule("colocated", "transport", "pause", "pools")
+    def _taking_turns(self) -> str | None:
+        if not self.colocated or POLICY not in self.pools:
+            return None
+        if self.transport != "disk":
+            return (
+                "colocated = true with transport = 'group': NCCL refuses two processes on one GPU; set transport=disk, "
+                "and snapshot_dir to a folder in memory that every server sees, such as /dev/shm"
+            )
+        if self.pause != "retract":
+            return (
+                "colocated = true with pause = 'in_place': servers drop their cache when they sleep, and no response is"
+                " under way then; set pause=retract"
+            )
+        if self.policy.router is not None:
+            return (
+                f"colocated = true with pools.{POLICY}.router = {self.policy.router!r}: a router does not know that "
+                "servers sleep; leave it out"
+            )
         return None
 
     @property

@@ -50,7 +50,8 @@ def hand_over(
     weights: Iterator[tuple[str, torch.Tensor]], engine: RolloutEngine | None, layout: Layout, *, version: int
 ) -> None:
     """Stream the policy's weights (`Policy.export`) to the engine as `version`. Every rank drains the stream; what
-    fails on one rank is raised on all: RolloutFailed, Abandoned."""
+    fails on one rank is raised on all: RolloutFailed, Abandoned. An engine that sleeps wakes at the end, when no rank
+    holds on to memory that it does not use."""
     with agreed(layout):
         if engine is not None:
             engine.begin_update(version)
@@ -58,12 +59,24 @@ def hand_over(
         try:
             if engine is not None:
                 engine.update(weights)
-                engine.end_update()
         finally:
             for _ in weights:
                 pass
+    if any_rank(engine is not None and engine.shares_memory, layout) and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the update needed is the servers' again
+    with agreed(layout):
+        if engine is not None:
+            engine.end_update()
     if engine is not None:
         engine.resume()
+
+
+def put_to_sleep(engine: RolloutEngine | None, layout: Layout) -> None:
+    """Hand the engine's memory to the policy, on every rank, until weights are handed over. RolloutFailed or Abandoned
+    on every rank alike. Called when every replica has the groups that it asked for."""
+    with agreed(layout):
+        if engine is not None:
+            engine.sleep()
 
 
 def gather_from_leaders(value: Any, layout: Layout) -> list[Any]:

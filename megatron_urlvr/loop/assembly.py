@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from ..data.stream import PromptStream
 from ..data.tokenizer import load_tokenizer
 from ..distributed.agreement import agreed
 from ..distributed.exchange import gather_from_leaders, share_groups
-from ..distributed.layout import Layout, broadcast_json
+from ..distributed.layout import Layout, broadcast_json, gather_json
 from ..exit_codes import UnusableInput
 from ..monitor.alarms import Alarms
 from ..policy.hf.folder import read_config
@@ -37,6 +38,8 @@ from ..rollout.early import EarlyVotes
 from ..rollout.engine import RolloutEngine
 from ..rollout.filters import Filter, get_filter
 from ..rollout.sglang import SGLangEngine
+from ..rollout.sleep import settle
+from ..run.folder import RunDir
 from ..types import Group, Prompt, Sampling
 from .engines import build_engine, decoder, embedded_engine, frozen_servers, positions, real_vocab
 from .signals import ModelRespondent, Signals, permuted
@@ -158,9 +161,9 @@ def _reward(config: Config) -> Combined:
     )
 
 
-def build(config: Config, layout: Layout) -> Parts:
+def build(config: Config, layout: Layout, *, interrupted: Callable[[], bool] = lambda: False) -> Parts:
     """All parts of a run that `preflight` finds nothing wrong with. UnusableInput for data or weights that the user
-    must change."""
+    must change. Where servers must sleep first, RolloutFailed when they do not, Abandoned when `interrupted`."""
     tokenizer = load_tokenizer(config.model.path)
     labels = LabelStore()
     limits: dict[str, Any] = {"max_prompt_tokens": config.data.max_prompt_tokens, "overlong": config.data.overlong}
@@ -185,6 +188,8 @@ def build(config: Config, layout: Layout) -> Parts:
         raise UnusableInput("\n".join(problems))
     sets = {"train": train} | {name: held.prompts for name, held in held_out.items()}
     session = _new_session(layout)
+    if config.servers.colocated:
+        _settle_servers(config, layout, interrupted)
     policy = Policy(
         config.model,
         config.parallel,
@@ -219,6 +224,15 @@ def build(config: Config, layout: Layout) -> Parts:
         alarms=Alarms(announce=layout.is_main),
         filter=_filter(config),
     )
+
+
+def _settle_servers(config: Config, layout: Layout, interrupted: Callable[[], bool]) -> None:
+    """Servers on the trainer's GPUs sleep before the policy takes memory there."""
+    name = socket.gethostname()
+    hosts = {name} if layout.world_size == 1 else set(gather_json(name, layout.control))
+    with agreed(layout):
+        if layout.is_main:
+            settle(config.servers, RunDir(config.run.dir).servers, hosts=len(hosts), interrupted=interrupted)
 
 
 def _filter(config: Config) -> Filter[Any] | None:

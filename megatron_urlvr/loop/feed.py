@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config.root import Config
-from ..distributed.exchange import derive_seed, largest, my_share
+from ..distributed.exchange import derive_seed, largest, my_share, put_to_sleep
 from ..monitor.audit import Sums
 from ..rollout.engine import RolloutEngine
 from ..rollout.ledger import Ledger
@@ -49,7 +49,7 @@ class Feed:
 
     def take(self, step: int, *, version: int) -> list[Group]:
         """The graded groups of this replica's share of step `step`, trained by weights of `version`; what comes next
-        is begun. RolloutFailed when no server is left."""
+        is begun. RolloutFailed when no server is left. Servers on the trainer's own GPUs sleep when this returns."""
         last = max(step, min(step + self.bound, self.config.run.steps))
         for coming in range(step, last + 1):
             if coming not in self.batches:
@@ -57,6 +57,8 @@ class Feed:
                 self.batches[coming] = Batch(prompts, self.parts.stream.state_dict())
         batch = self.batches[step]
         groups = self.parts.collect(batch.prompts, lambda engine: self._from(engine, step, version))
+        if self.config.servers.colocated:
+            put_to_sleep(self.parts.engine, self.parts.layout)
         del self.batches[step]
         self.place = batch.place
         return groups

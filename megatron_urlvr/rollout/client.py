@@ -75,6 +75,11 @@ class ServerClient:
         if isinstance(answer, Mapping) and answer.get("success") is False:
             raise Fault("http_4xx", f"{self.url}{path}: {str(answer.get('message'))[:DETAIL]}")
 
+    async def relabel(self, label: str, timeout: float) -> None:
+        """Give the weights that the server holds another label; requests under way go on."""
+        body = {"new_version": label, "abort_all_requests": False}
+        await self.command("/update_weight_version", body, timeout=timeout)
+
     async def flush_cache(self, timeout: float) -> None:
         """Forget cached prefixes; the server refuses while requests still leave it, so it is asked until `timeout`."""
         deadline = asyncio.get_running_loop().time() + timeout

@@ -175,7 +175,7 @@ class Dispatch:
             self.faults.kept(len(beginning.tokens) - (len(known.tokens) if known else 0))
 
     def _body(self, ids: list[int], longest: int, request: str) -> dict[str, Any]:
-        return {
+        body = {
             "input_ids": ids,
             "rid": request,
             "return_logprob": True,
@@ -186,6 +186,10 @@ class Dispatch:
                 "stop_token_ids": sorted(self.model.stop_ids),
             },
         }
+        if self.settings.pause == "in_place":
+            # Updates leave the cache as it is: what older weights computed is kept out of reach of newer ones.
+            body["extra_key"] = self.versions.label
+        return body
 
     def _expected(self, sent: int, longest: int, request: str) -> Expected:
         return Expected(

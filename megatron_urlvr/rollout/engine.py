@@ -21,6 +21,9 @@ class RolloutEngine(ABC):
     overlaps: bool = False
     """Generates while this process does other things: `start` begins at once, and goes on across updates."""
 
+    shares_memory: bool = False
+    """Generates on the trainer's own GPUs: between `sleep` and `end_update` their memory is the trainer's."""
+
     version: int = 0
     """Version of the weights in use."""
 
@@ -43,6 +46,10 @@ class RolloutEngine(ABC):
             if keep is not None:
                 keep(group)
             yield group
+
+    def sleep(self) -> None:  # noqa: B027 - engines of their own share nothing
+        """Hand the memory of weights and cache over until `end_update`; nothing is generated meanwhile. Only where the
+        engine `shares_memory`."""
 
     @abstractmethod
     def begin_update(self, version: int) -> None:

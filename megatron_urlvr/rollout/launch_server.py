@@ -71,10 +71,11 @@ def server_command(
     key_file: Path | None,
     context: int | None,
     index: int = 0,
+    colocated: bool = False,
 ) -> list[str]:
     """The arguments that start a server. `key_file`: YAML file with the API key, which must not stand in a command
     line; `context`: the model's own limit, where it has one; `index`: the server's number on this host, each of which
-    takes the next `tp` of the GPUs that are visible."""
+    takes the next `tp` of the GPUs that are visible; `colocated`: it must be able to give their memory back."""
     command = [environment.python, "-m", "sglang.launch_server", "--model-path", model]
     command += ["--host", pool.host, "--port", str(port), "--tp-size", str(pool.tp)]
     command += ["--context-length", str(min(pool.context, context or pool.context))]
@@ -89,6 +90,8 @@ def server_command(
     else:
         command += ["--mem-fraction-static", str(pool.mem_fraction)]
         command += ["--max-running-requests", str(pool.concurrency), "--base-gpu-id", str(index * pool.tp)]
+        if colocated:
+            command += ["--enable-memory-saver"]
     if key_file is not None:
         command += ["--config", str(key_file)]
     return command + list(pool.args)

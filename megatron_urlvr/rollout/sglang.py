@@ -57,6 +57,7 @@ class SGLangEngine(RolloutEngine):
         same on every replica. `pushes`: whether this replica is the one that sends weights; the others wait until
         servers hold them. UnusableInput for servers that would take weights from anyone."""
         self.settings = servers
+        self.shares_memory = servers.colocated
         for url in servers.policy.urls:
             if problem := key_problem(urlsplit(url).hostname or "", servers.api_key_env):
                 raise UnusableInput(f"servers.pools.{POLICY}.urls: {problem}.")
@@ -82,10 +83,16 @@ class SGLangEngine(RolloutEngine):
                 servers,
                 transport=transport,
                 snapshots=snapshots,
+                folder=folder,
                 interrupted=lambda: self.interrupted(),
             )
 
     # -- weights ------------------------------------------------------------------------------------------------------
+
+    def sleep(self) -> None:
+        """See RolloutEngine. RolloutFailed when a server keeps its memory."""
+        if self.sync is not None:
+            self.sync.sleep()
 
     def begin_update(self, version: int) -> None:
         """See RolloutEngine. Waits for a server when there is none."""

@@ -37,6 +37,7 @@ from .client import ServerClient
 from .faults import Fault
 from .launch_server import Environment, examine, model_context, server_command, server_environment
 from .plugin import plugin_environment
+from .sleep import ASLEEP, marker
 
 LOOK_S = 0.2
 """How often processes, health at the start, and the end of the run are looked at."""
@@ -65,6 +66,16 @@ class Plan:
     folder: Path
     statistics: tuple[str, ...] = ()
     """Token statistics that the servers are to give."""
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether the trainer takes the servers' memory in turns."""
+        return self.settings.colocated and self.name == POLICY
+
+    @property
+    def asleep(self) -> bool:
+        """Whether it has it now: then servers cannot be asked how they are, and there is no memory for a new one."""
+        return self.sleeps and marker(self.folder).exists()
 
 
 async def serve(config: Config, name: str) -> int:
@@ -205,10 +216,17 @@ class SupervisedServer:
                     pause = BACK_OFF_S[0]
                 self._say(f"{why}; starting again in {pause:g} s")
                 await _pause(self.stop, pause)
+                await self._until_awake()
                 pause = min(2 * pause, BACK_OFF_S[1])
         finally:
             withdraw(self.plan.folder, self.id)
             await self._end()
+
+    async def _until_awake(self) -> None:
+        if self.plan.asleep:
+            self._say("waits with that: the trainer has the memory")
+        while self.plan.asleep and not self.stop.is_set():
+            await _pause(self.stop, LOOK_S)
 
     def _say(self, what: str) -> None:
         print(f"{self.id}: {what}", flush=True)
@@ -224,6 +242,7 @@ class SupervisedServer:
             key_file=self.key_file,
             context=model_context(plan.model),
             index=self.index,
+            colocated=plan.sleeps,
         )
         plan.folder.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
@@ -292,15 +311,23 @@ class SupervisedServer:
         while not self.stop.is_set():
             if self._exited():
                 return f"ended ({self._code()})"
-            if time.monotonic() - asked > settings.health_every_s:
+            if self.plan.asleep:
+                well = asked = time.monotonic()
+            elif time.monotonic() - asked > settings.health_every_s:
                 with contextlib.suppress(Fault):
-                    await client.check_health(settings.health_timeout_s)
+                    await self._check(client)
                     well = time.monotonic()
                 asked = time.monotonic()
             if time.monotonic() - well > patience:
                 return f"has not been healthy for {patience:g} s"
             await _pause(self.stop, LOOK_S)
         return "was told to stop"
+
+    async def _check(self, client: ServerClient) -> None:
+        """Fault for a server that is not well. One that sleeps, maybe since a trainer was killed, cannot generate."""
+        limit = self.plan.settings.health_timeout_s
+        if not (self.plan.sleeps and await client.label(limit) == ASLEEP):
+            await client.check_health(limit)
 
     def _exited(self) -> bool:
         """Whether the process ended. It is not reaped: until then nobody else can have its process group's number."""

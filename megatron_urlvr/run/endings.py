@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..distributed.layout import Layout
 from ..exit_codes import DISK_FULL, ExitCode, UnusableInput
 from ..loop.collapse_watch import Collapsed
 from ..policy.checkpoint import CheckpointError
@@ -44,6 +45,18 @@ def run_to_its_end(trainer: Trainer) -> int:
         _record(trainer, ending)
     if trainer.parts.layout.is_main:
         print(f"{ending.state}: {ending.reason}", file=sys.stdout if ending.state == "done" else sys.stderr, flush=True)
+    return int(ending.code)
+
+
+def ended_before_it_began(error: RolloutFailed | Abandoned, layout: Layout) -> int:
+    """The exit code of a run whose servers did not come before its policy was built; on every rank alike. The run's
+    folder is as it was."""
+    if isinstance(error, Abandoned):
+        ending = Ending("preempted", ExitCode.PREEMPTED, "a signal while servers were waited for; nothing was changed")
+    else:
+        ending = Ending("failed", ExitCode.NO_SERVERS, f"{error}; the same command starts again")
+    if layout.is_main:
+        print(f"{ending.state}: {ending.reason}", file=sys.stderr, flush=True)
     return int(ending.code)
 
 

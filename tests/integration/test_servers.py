@@ -97,6 +97,51 @@ def test_a_synchronous_run_trains_on_the_newest_weights_alone(urlvr, config, ser
     assert not any(key.startswith("rollout/age") for row in rows(tmp_path / "run") for key in row)
 
 
+IN_TURNS = ["servers.transport=disk", "servers.colocated=true", "checkpoint.every=2", "run.steps=4", "eval.every=2"]
+
+
+def test_colocated_servers_sleep_while_the_policy_trains_and_only_then(urlvr, config, serving, tmp_path) -> None:
+    servers, settings = serving(2, 0.0)
+    assert urlvr("train", config, *settings, *IN_TURNS).code == 0
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3, 4]
+    assert all(row["sync/servers"] == 2 and row["sync/seconds_sleep"] > 0 for row in rows(tmp_path / "run")[1:])
+    for server in servers:
+        # Once before the policy is built, and in each of the four steps; evaluations found them awake.
+        assert server.calls["/release_memory_occupation"] == 5
+        assert (server.memory.crashes, server.memory.released) == ([], set())
+    assert not (tmp_path / "run" / "servers" / "ASLEEP").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_ends_while_its_servers_sleep_is_resumed_and_wakes_them(
+    urlvr, config, serving, tmp_path, number
+) -> None:
+    run = tmp_path / "run"
+    servers, settings = serving(2, 0.0)
+    command = [sys.executable, "-c", KILLED, "3", "train", str(config), *settings, *IN_TURNS]
+    pipe = subprocess.PIPE
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
+    assert process.stdout is not None
+    assert any(line == "here\n" for line in process.stdout), process.stderr and process.stderr.read()
+    assert [server.memory.released for server in servers] == [{"kv_cache", "weights"}] * 2
+    process.send_signal(number)
+    process.communicate("\n")
+    assert process.returncode == (75 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert [server.label for server in servers] == ["asleep", "asleep"]
+
+    assert urlvr("train", config, *settings, *IN_TURNS).code == 0
+    assert [row["step"] for row in rows(run)] == [0, 1, 2, 3, 4]
+    assert [server.memory.crashes for server in servers] == [[], []]
+
+
+def test_without_its_servers_a_colocated_run_ends_before_it_begins(urlvr, config, tmp_path) -> None:
+    wanted = ["rollout.engine=sglang", "servers.wait_s=0", *IN_TURNS]
+    outcome = urlvr("train", config, *wanted)
+    assert outcome.code == 5
+    assert "0 of 1 colocated servers are there after 0 s (servers.wait_s)" in outcome.err
+
+
 KILLED = """
 import os, signal, sys
 from megatron_urlvr import cli, train

@@ -74,13 +74,19 @@ def differences(trainer: Trainer, groups: list[Group], *names: str) -> dict[str,
     return worst
 
 
-@pytest.mark.parametrize("transport", ["group", "disk"])
-def test_log_probs_are_the_policys_before_and_after_three_steps(served: Served, tmp_path: Path, transport: str) -> None:
-    config = config_for(
-        served, tmp_path, *SMALL, f"servers.transport={transport}", "servers.verify=true", "optim.lr=0.01"
-    )
+WAYS = {
+    "group": [],
+    "disk": ["servers.transport=disk"],
+    "in turns": ["servers.transport=disk", "servers.colocated=true"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_log_probs_are_the_policys_before_and_after_three_steps(served: Served, tmp_path: Path, way: str) -> None:
+    config = config_for(served, tmp_path, *SMALL, *WAYS[way], "servers.verify=true", "optim.lr=0.01")
     for trainer in trainer_for(config):
         parts = trainer.parts
+        assert ("sync/seconds_sleep" in parts.engine_metrics({})) == config.servers.colocated
         before = {name: tensor.clone() for name, tensor in parts.policy.export()}
         prompts, sampling = parts.train.prompts[:4], Sampling(8, 16)
         assert differences(trainer, parts.generate(prompts, sampling))["logp"] < TOLERANCE

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from aiohttp import web
 from fake_faults import sent, spoil
+from fake_memory import Crash, FakeMemory
 from fake_models import DiceModel, FakeModel
 from fake_weights import checksums, joined, received
 from safetensors.torch import load_file
@@ -58,12 +59,18 @@ class FakeServer:
         port: int = 0,
         pace: Callable[[], float] | None = None,
         statistics: tuple[str, ...] = (),
+        device: str = "cpu",
+        saver: bool = False,
     ) -> None:
         """`pace` says how many seconds the next token takes; without it a response takes no time, and cannot meet an
         update."""
         self.model, self.context, self.vocab_size, self.key = model, context, vocab_size, key
         self.pace = pace
         self.statistics = statistics
+        self.device, self.saver = device, saver
+        self.memory = FakeMemory()
+        self.called: list[str] = []
+        """Control calls in order; a release or resume with what it is of."""
         self.faults: Iterator[str | None] = iter(()) if faults is None else faults
         self.label = "default"
         self.dead_for = 0
@@ -109,6 +116,9 @@ class FakeServer:
             "/end_weight_update": self._end,
             "/update_weights_from_distributed": self._from_group,
             "/weights_checker": self._checker,
+            "/update_weight_version": self._relabel,
+            "/release_memory_occupation": self._release,
+            "/resume_memory_occupation": self._regain,
         }
         application.add_routes([web.post(path, handler) for path, handler in posts.items()])
         application.add_routes(
@@ -116,6 +126,7 @@ class FakeServer:
                 web.get("/health", self._health),
                 web.get("/health_generate", self._health),
                 web.get("/model_info", self._info),
+                web.get("/server_info", self._server_info),
             ]
         )
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.01, handler_cancellation=True)
@@ -131,15 +142,23 @@ class FakeServer:
     @web.middleware
     async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
         self.calls[request.path] += 1
+        if request.method == "POST" and request.path != "/generate":
+            self.called.append(request.path)
         if self.dead_for:
             self.dead_for -= 1
             self.label = "default"
+            self.memory.restart()
+            self._going.set()
             return await self._reset(request)
         if self.key is not None and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
         if request.path in self.refusing:
             return _refused("refused on request")
-        return await handler(request)
+        try:
+            return await handler(request)
+        except Crash:
+            self.dead_for = 3
+            return await self._reset(request)
 
     @staticmethod
     async def _reset(request: web.Request) -> web.StreamResponse:
@@ -176,6 +195,15 @@ class FakeServer:
 
     async def _respond(self, body: dict[str, Any]) -> dict[str, Any]:
         """Sample a response, at once or at the pace: between two tokens there may be a pause, other weights, an end."""
+        await self._going.wait()
+        ids, key = body["input_ids"], body.get("extra_key")
+        cached = self.memory.hit(key, ids)
+        answer = await self._sampled(body)
+        answer["meta_info"]["cached_tokens"] = cached
+        self.memory.keep(key, [*ids, *answer["output_ids"][:-1]])
+        return answer
+
+    async def _sampled(self, body: dict[str, Any]) -> dict[str, Any]:
         ids, params, aborts = body["input_ids"], body["sampling_params"], self._aborts
         tokens: list[int] = []
         logps: list[float] = []
@@ -234,6 +262,9 @@ class FakeServer:
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(status=503 if self.sick else 200)
 
+    async def _server_info(self, request: web.Request) -> web.Response:
+        return web.json_response({"device": self.device, "enable_memory_saver": self.saver})
+
     async def _info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": self.label})
 
@@ -262,12 +293,37 @@ class FakeServer:
     async def _flush(self, request: web.Request) -> web.Response:
         if self._running and (self._kept or self._going.is_set()):
             return web.Response(status=400, text="There are requests.")
+        self.memory.flush()
         return web.Response(text="Cache flushed.")
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    async def _release(self, request: web.Request) -> web.Response:
+        idle = not self._running or not (self._kept or self._going.is_set())
+        self.memory.release(await self._tags(request), idle=idle)
+        return web.json_response(None)
+
+    async def _regain(self, request: web.Request) -> web.Response:
+        self.memory.resume(await self._tags(request))
+        return web.json_response(None)
+
+    async def _tags(self, request: web.Request) -> set[str]:
+        tags = set((await request.json())["tags"])
+        self.called[-1] += " " + " ".join(sorted(tags))
+        return tags
+
+    async def _relabel(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if body.get("abort_all_requests", True):
+            self._give_up()
+        self.label = body["new_version"]
+        return _done()
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
     async def _from_disk(self, request: web.Request) -> web.Response:
         body = await request.json()
+        self.memory.load_weights()
         folder = Path(body["model_path"])
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         for file in sorted(set(index["weight_map"].values())):
@@ -276,6 +332,8 @@ class FakeServer:
         self.labels.append(self.label)
         if body.get("flush_cache", True) and self._running and (self._kept or self._going.is_set()):
             return _refused("Weights were updated, but the cache was not flushed.")
+        if body.get("flush_cache", True):
+            self.memory.flush()
         return _done()
 
     async def _checker(self, request: web.Request) -> web.Response:

@@ -17,6 +17,7 @@ from megatron_urlvr.rollout.client import ServerClient
 from megatron_urlvr.rollout.dispatch import Model
 from megatron_urlvr.rollout.faults import Fault
 from megatron_urlvr.rollout.sglang import SGLangEngine
+from megatron_urlvr.rollout.sleep import ASLEEP, marker, settle
 from megatron_urlvr.types import Group, Prompt, Sample, Sampling, Span
 
 VOCAB, STOP = 21, 19
@@ -115,11 +116,20 @@ class ServerContract:
         yield engine
         engine.close()
 
-    def call(self, engine: SGLangEngine, target: Target, path: str, body: dict[str, Any] | None = None) -> Any:
+    def call(
+        self,
+        engine: SGLangEngine,
+        target: Target,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        method: str = "POST",
+    ) -> Any:
         """One raw call."""
 
         async def work() -> Any:
-            return await ServerClient(engine.loop.session, target.url).call(path, body or {}, timeout=60)
+            client = ServerClient(engine.loop.session, target.url)
+            return await client.call(path, body or {}, timeout=60, method=method)
 
         return engine.loop.run(work())
 
@@ -169,9 +179,67 @@ class ServerContract:
                 assert [span.version for span in spans] in ([0], [1], [0, 1])
                 for version, start, end in spans:
                     if pause == "in_place":
-                        continue  # computed on what older weights had left in the cache, of the prompt too
+                        continue  # computed on what the old weights had computed of it, or of its prompt
                     difference = differences(models[version], group, sample)[start:end]
                     assert float(difference.max()) < TOLERANCE
+
+    def test_what_is_asked_after_an_update_in_place_finds_nothing_of_older_weights_in_the_cache(
+        self, target: Target, tmp_path: Path
+    ) -> None:
+        engine = engine_for([target.url], target.folder, tmp_path, transport="group", pause="in_place")
+        try:
+            for version in (0, 1):
+                weights = wordy(target.folder, 20 + version)
+                push(engine, weights, version)
+                groups = list(engine.generate(prompts(6), Sampling(2, 12)))
+                assert largest_difference(oracle(target.folder, weights), groups, 1.0) < TOLERANCE
+                assert {sample.version for group in groups for sample in group} == {version}
+        finally:
+            engine.close()
+
+    def test_the_cache_of_prefixes_is_one_for_each_extra_key(self, target: Target, engine: SGLangEngine) -> None:
+        push(engine, noisy(target.folder, 21), 0)  # which empties it
+        params = {"max_new_tokens": 2, "temperature": 1.0, "top_p": 1.0, "stop_token_ids": []}
+        ids, cached = [3, 1, 4, 1, 5, 9, 2, 6], []
+        for number, key in enumerate(("one", "one", "other", "other")):
+            body = {"input_ids": ids, "rid": f"cache/{number}", "extra_key": key, "sampling_params": params}
+            cached.append(self.call(engine, target, "/generate", body)["meta_info"]["cached_tokens"])
+        assert cached == [0, len(ids) - 1, 0, len(ids) - 1]
+
+    def test_colocated_servers_sleep_and_wake_with_the_new_weights(self, target: Target, tmp_path: Path) -> None:
+        engine = engine_for([target.url], target.folder, tmp_path, transport="disk", colocated=True)
+        try:
+            for version in (0, 1, 2):
+                weights = noisy(target.folder, 30 + version)
+                push(engine, weights, version)
+                groups = list(engine.generate(prompts(4), Sampling(4, 12)))
+                assert largest_difference(oracle(target.folder, weights), groups, 1.0) < TOLERANCE
+                assert {sample.version for group in groups for sample in group} == {version}
+                engine.sleep()
+                held = self.call(engine, target, "/model_info", method="GET")["weight_version"]
+                assert (held, marker(tmp_path / "servers").exists()) == (ASLEEP, True)
+            assert engine.metrics()["rollout/faults"] == 0
+            push(engine, weights, 3)
+            assert not marker(tmp_path / "servers").exists()
+        finally:
+            engine.close()
+
+    def test_a_new_trainer_finds_servers_asleep_and_wakes_them(self, target: Target, tmp_path: Path) -> None:
+        """The one before was killed while it trained."""
+        for work in (tmp_path / "first", tmp_path / "second"):
+            engine = engine_for([target.url], target.folder, work, transport="disk", colocated=True)
+            try:
+                settle(engine.settings, work / "servers", hosts=1, interrupted=lambda: False)
+                weights = noisy(target.folder, 40)
+                push(engine, weights, 0)
+                groups = list(engine.generate(prompts(2), Sampling(4, 8)))
+                assert largest_difference(oracle(target.folder, weights), groups, 1.0) < TOLERANCE
+                engine.sleep()
+            finally:
+                engine.close()
+        engine = engine_for([target.url], target.folder, tmp_path / "third", transport="disk", colocated=True)
+        push(engine, weights, 0)  # awake for whoever comes next
+        engine.close()
 
     def test_temperature_zero_takes_the_likeliest_token(self, target: Target, engine: SGLangEngine) -> None:
         weights = noisy(target.folder, 5)

@@ -16,6 +16,8 @@ class Crew:
     serving: int
     """0 where responses are sampled by the trainer itself, or replayed."""
     server_tp: int
+    shared: bool = False
+    """The same GPUs do both, in turns (`servers.colocated`)."""
 
     @property
     def servers(self) -> int:
@@ -25,7 +27,7 @@ class Crew:
     @property
     def gpus(self) -> int:
         """All of them."""
-        return self.trainers + self.serving
+        return self.trainers if self.shared else self.trainers + self.serving
 
 
 def crew_of(config: Config, gpus: int | None, rollout_gpus: int | None) -> Crew:
@@ -43,6 +45,8 @@ def crew_of(config: Config, gpus: int | None, rollout_gpus: int | None) -> Crew:
                 f"--rollout-gpus {rollout_gpus}: rollout.engine = {config.rollout.engine!r} has no servers; omit it."
             )
         return Crew(gpus or fixed or one, 0, pool.tp)
+    if config.servers.colocated:
+        return _in_turns(config, gpus or fixed or one, fixed, rollout_gpus)
     serving = rollout_gpus
     if pool.urls:
         serving = len(pool.urls) * pool.tp
@@ -55,3 +59,16 @@ def crew_of(config: Config, gpus: int | None, rollout_gpus: int | None) -> Crew:
             " fewer to one of them (--rollout-gpus, parallel.dp)."
         )
     return Crew(trainers, serving, pool.tp)
+
+
+def _in_turns(config: Config, gpus: int, fixed: int | None, rollout_gpus: int | None) -> Crew:
+    if rollout_gpus:
+        raise UnusableInput(
+            f"--rollout-gpus {rollout_gpus} with servers.colocated = true: servers run on the trainer's GPUs; omit it."
+        )
+    if fixed not in (None, gpus):
+        raise UnusableInput(
+            f"--gpus {gpus} with servers.colocated = true, but parallel.dp x tp x pp = {fixed}: all of them train, and"
+            " serve in turns."
+        )
+    return Crew(gpus, gpus, config.servers.policy.tp, shared=True)

@@ -70,6 +70,9 @@ class Assumptions(Section):
     """Rate at which the trainer's first rank writes the snapshot of the weights."""
     trainer_reserve_gib: float = Field(default=5.0, ge=0)
     """Memory of a trainer's GPU that is not planned: CUDA context, NCCL's buffers, fragmentation."""
+    sleeping_server_gib: float = Field(default=4.0, ge=0)
+    """Memory of a GPU that a colocated server keeps while it sleeps, and needs beside weights and cache when it does
+    not: CUDA context, CUDA graphs, workspaces."""
 
 
 def assume(overrides: Sequence[str]) -> Assumptions:

@@ -158,6 +158,8 @@ class ServerMemory:
     """Bytes of one token's keys and values on one GPU."""
     other: int
     """What `mem_fraction` leaves to activations, CUDA graphs and buffers."""
+    trainer: int = 0
+    """What a trainer on the same GPU keeps while the server generates."""
 
     @property
     def tokens(self) -> int:
@@ -166,12 +168,13 @@ class ServerMemory:
 
 
 def server_memory(
-    hf: Mapping[str, Any], pool: PoolSection, gpu: GPU, *, parameters: int, itemsize: int
+    hf: Mapping[str, Any], pool: PoolSection, gpu: GPU, *, parameters: int, itemsize: int, trainer: int = 0
 ) -> ServerMemory:
-    """One GPU of a server: weights are cut by tp, KV heads as far as there are any."""
+    """One GPU of a server: weights are cut by tp, KV heads as far as there are any. `trainer`: bytes that a trainer on
+    the same GPU keeps meanwhile."""
     shape = shape_of(hf, tp=1)
     heads = max(1, shape.kv_heads // pool.tp)
     weights = parameters * itemsize // pool.tp
     static = int(pool.mem_fraction * gpu.memory)
     kv_token = 2 * int(hf["num_hidden_layers"]) * heads * shape.head_dim * itemsize
-    return ServerMemory(weights, static - weights, kv_token, gpu.memory - static)
+    return ServerMemory(weights, static - weights, kv_token, gpu.memory - static - trainer, trainer)

@@ -82,8 +82,9 @@ def make_plan(
     trainer = Trainer(policy, gpu, assumptions)
     server = sync = generate = None
     if crew.serving:
-        pool = config.servers.policy
-        server = server_memory(model.hf, pool, gpu, parameters=parameters, itemsize=policy.itemsize)
+        pool, reserve = config.servers.policy, int(assumptions.trainer_reserve_gib * GIB)
+        stays = max(shard.total for shard in shards) + reserve if crew.shared else 0
+        server = server_memory(model.hf, pool, gpu, parameters=parameters, itemsize=policy.itemsize, trainer=stays)
         sync = sync_plan(
             stream, trainer, bucket_bytes=config.servers.bucket_mb << 20, transport=config.servers.transport
         )
@@ -92,6 +93,7 @@ def make_plan(
     times = step_times(trainer, work, shards, generate=generate, sync=sync, overlapped=overlapped)
     load = _load(config, work, times, assumptions)
     ranks = [rank_memory(shard, policy, load, stream) for shard in shards]
+    sleeping = int(assumptions.sleeping_server_gib * GIB)
     return Plan(
         config=config,
         policy=policy,
@@ -106,7 +108,7 @@ def make_plan(
         times=times,
         sync=sync,
         work=work,
-        problems=[*too_big(config, gpu, ranks, server)],
+        problems=[*too_big(config, gpu, ranks, server, sleeping if crew.shared else None)],
         notes=[*notes(config, gpu, work, times)],
     )
 

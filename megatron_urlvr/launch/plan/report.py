@@ -25,6 +25,8 @@ def _head(plan: Plan) -> Iterator[str]:
     config, crew, parallel = plan.config, plan.crew, plan.config.parallel
     yield f"{config.run.name}: {config.model.path}, {plan.parameters:,} parameters"
     serving = f", {crew.serving} serve ({crew.servers} x tp {crew.server_tp})" if crew.serving else ""
+    if crew.shared:
+        serving = f", and serve in turns ({crew.servers} x tp {crew.server_tp})"
     yield f"{crew.gpus} x {plan.gpu.name}: {crew.trainers} train{serving}"
     more = f" x vpp {parallel.vpp}" if parallel.vpp > 1 else ""
     yield (
@@ -85,6 +87,11 @@ def _server(plan: Plan) -> Iterator[str]:
         f"weights {server.weights / GIB:.1f}, KV cache {server.kv_cache / GIB:.1f} ({server.tokens:,} tokens a "
         f"server), left to SGLang {server.other / GIB:.1f}"
     )
+    if plan.crew.shared:
+        peak, asleep = max(rank.peak for rank in plan.ranks) / GIB, plan.assumptions.sleeping_server_gib
+        stays = f"{server.trainer / GIB:.1f} of the trainer stay on each GPU"
+        yield f"while they generate, {stays}: weights, grads, optim, reserve"
+        yield f"while the policy trains, {asleep:.1f} of a sleeping server stay beside the trainer's peak of {peak:.1f}"
 
 
 def _times(plan: Plan) -> Iterator[str]:
@@ -169,6 +176,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "model": {"path": plan.config.model.path, "parameters": plan.parameters},
         "gpu": plan.gpu.name,
         "gpus": {"total": crew.gpus, "train": crew.trainers, "serve": crew.serving, "servers": crew.servers},
+        "in_turns": crew.shared,
         "layout": {"dp": plan.policy.dp} | plan.config.parallel.model_dump(mode="json", exclude={"dp"}),
         "microbatch_tokens": plan.tokens,
         "ranks": [_rank_json(rank) for rank in plan.ranks],

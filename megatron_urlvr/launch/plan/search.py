@@ -74,7 +74,7 @@ def _candidates(config: Config, model: Model, gpu: GPU, gpus: int) -> Iterator[t
     """Layouts that divide the model and the GPUs evenly; what cannot work beyond that, planning finds."""
     layers = int(model.hf["num_hidden_layers"])
     for serving, server_tp in _servings(config, gpu, gpus):
-        trainers = gpus - serving
+        trainers = gpus if config.servers.colocated else gpus - serving
         for tp in TENSOR:
             for pp in range(1, layers + 1):
                 if layers % pp or trainers % (tp * pp):
@@ -82,13 +82,16 @@ def _candidates(config: Config, model: Model, gpu: GPU, gpus: int) -> Iterator[t
                 for recompute in ("none", "full"):
                     found = _changed(config, tp, pp, trainers // (tp * pp), recompute, serving, server_tp, gpu)
                     if found is not None:
-                        yield found, Crew(trainers, serving, server_tp)
+                        yield found, Crew(trainers, serving, server_tp, shared=config.servers.colocated)
 
 
 def _servings(config: Config, gpu: GPU, gpus: int) -> Iterator[tuple[int, int]]:
     """(GPUs that serve, tensor-parallel size of a server)."""
     if config.rollout.engine != "sglang":
         yield 0, config.servers.policy.tp
+        return
+    if config.servers.colocated:
+        yield from ((gpus, tp) for tp in TENSOR if min(gpus, gpu.per_node) % tp == 0)
         return
     whole = gpu.per_node if gpus > gpu.per_node else 1
     for serving in sorted({round(share * gpus / whole) * whole for share in SHARES}):

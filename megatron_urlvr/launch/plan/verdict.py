@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import floor
 from typing import Any
 
 from ...config.checks import check
@@ -41,18 +42,29 @@ def cannot_work(config: Config, crew: Crew, gpu: GPU, hf: Mapping[str, Any]) -> 
         yield f"servers.pools.policy.tp = {pool.tp} does not divide the {heads} attention heads of the model."
 
 
-def too_big(config: Config, gpu: GPU, ranks: Sequence[RankMemory], server: ServerMemory | None) -> Iterator[str]:
-    """What does not fit, with its figures."""
+def too_big(
+    config: Config, gpu: GPU, ranks: Sequence[RankMemory], server: ServerMemory | None, sleeping: int | None = None
+) -> Iterator[str]:
+    """What does not fit, with its figures. `sleeping`: bytes that a server on the trainer's GPU keeps, where there is
+    one."""
     for rank in ranks:
-        if rank.peak > gpu.memory:
+        if rank.peak > gpu.memory - (sleeping or 0):
             which = ", ".join(map(str, rank.shard.pp_ranks))
+            beside = f" beside the {sleeping / GIB:.1f} of a sleeping server" if sleeping else ""
             yield (
-                f"pipeline rank {which} needs {rank.peak / GIB:.1f} GiB of {gpu.name}'s {gpu.memory / GIB:.1f} "
+                f"pipeline rank {which} needs {rank.peak / GIB:.1f} GiB of {gpu.name}'s {gpu.memory / GIB:.1f}{beside} "
                 f"({rank.shard.total / GIB:.1f} stay, {rank.update / GIB:.1f} for the update): use more tp, pp or dp, "
                 "model.recompute=full, or a smaller parallel.max_tokens_per_microbatch."
             )
     if server is None:
         return
+    if sleeping is not None and server.other < sleeping:
+        yield (
+            f"while servers generate, {server.trainer / GIB:.1f} GiB of the trainer stay on each GPU: with "
+            f"servers.pools.policy.mem_fraction = {config.servers.policy.mem_fraction} that leaves "
+            f"{server.other / GIB:.1f} GiB for what a server needs beside weights and cache "
+            f"({sleeping / GIB:.1f}): lower it to {_fraction(gpu, server, sleeping):.2f}."
+        )
     pool, context = config.servers.policy, config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if server.tokens < context:
         yield (
@@ -60,6 +72,11 @@ def too_big(config: Config, gpu: GPU, ranks: Sequence[RankMemory], server: Serve
             f"GPU, fewer than the {context} of one response: raise servers.pools.policy.tp = {pool.tp} or "
             f"mem_fraction = {pool.mem_fraction}."
         )
+
+
+def _fraction(gpu: GPU, server: ServerMemory, sleeping: int) -> float:
+    """The largest `mem_fraction` that fits, in hundredths."""
+    return max(0, floor(100 * (gpu.memory - server.trainer - sleeping) / gpu.memory)) / 100
 
 
 def notes(config: Config, gpu: GPU, work: Workload, times: Times) -> Iterator[str]:
@@ -81,4 +98,9 @@ def notes(config: Config, gpu: GPU, work: Workload, times: Times) -> Iterator[st
         yield (
             "the embedded engine keeps a second copy of the whole model on every replica's first rank, which is not in "
             "the table, and its time is not modelled."
+        )
+    if config.servers.colocated:
+        yield (
+            "trainer and servers take turns on the same GPUs: weights, gradients and optimizer of the trainer stay "
+            "there while servers generate; handing the memory over, twice a step, takes time that is not in the total."
         )

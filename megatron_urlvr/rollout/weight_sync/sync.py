@@ -8,6 +8,8 @@ that comes back before the next. A server serves again only when it holds all of
 Requests may be under way. With `servers.pause: retract` servers put them back, forget what they had computed for them,
 and go on with the new weights as if all of it had been a prompt; with `in_place` they go on at once, on what they had
 computed with the old weights, and the cache is not flushed.
+
+Colocated servers sleep when this begins, and wake to read the snapshot: see `rollout/sleep.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from ...config.servers import ServersSection
 from ..faults import Fault, RolloutFailed
 from ..loop import HttpLoop
 from ..pool import Server, ServerPool
+from ..sleep import ASLEEP, WAKING, marker, put_to_sleep, wake
 from .buckets import Bucket, buckets
 from .snapshot import Snapshots
 from .transport import Transport
@@ -44,9 +48,11 @@ class WeightSync:
         *,
         transport: Transport,
         snapshots: Snapshots,
+        folder: Path,
         interrupted: Callable[[], bool],
     ) -> None:
-        self.pool, self.loop, self.settings = pool, loop, settings
+        """`folder`: where servers announce themselves, and their supervisors see that they sleep."""
+        self.pool, self.loop, self.settings, self.folder = pool, loop, settings, folder
         self.transport, self.snapshots, self.interrupted = transport, snapshots, interrupted
         self.label = ""
         """Label of the newest weights."""
@@ -57,6 +63,35 @@ class WeightSync:
         self._repairs: dict[int, asyncio.Task[None]] = {}
         self._checksums: Checksums | None = None
         self._limit = settings.bucket_mb << 20
+        self._slept = 0.0
+
+    def sleep(self) -> None:
+        """Let every server give its memory back. One that is gone holds none; RolloutFailed when another keeps it."""
+        started = time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        marker(self.folder).touch()
+        self.loop.run(self._sleep(), self.interrupted)
+        self._slept = time.perf_counter() - started
+
+    async def _sleep(self) -> None:
+        self.pool.begin_update()
+        if self._repairs:
+            await asyncio.wait(self._repairs.values())
+        self.pool.discover(self.loop.session)
+        servers = list(self.pool.servers.values())
+        await asyncio.gather(*(self._sleep_one(server) for server in servers))
+
+    async def _sleep_one(self, server: Server) -> None:
+        try:
+            await put_to_sleep(server.client, self.settings.sync_timeout_s)
+        except Fault as fault:
+            self.pool.drop(server, str(fault))
+            if fault.kind != "connection":
+                raise RolloutFailed(
+                    f"servers.colocated: {server.id} did not give its memory back, which the update needs: {fault}"
+                ) from fault
+        else:
+            self.pool.drop(server, "asleep")
 
     def begin(self, label: str) -> None:
         """Pause every server there is.
@@ -74,6 +109,8 @@ class WeightSync:
         self._held_back, self._problem = None, None
         self._checksums = Checksums() if self.settings.verify else None
         self.metrics = {"sync/seconds_pause": time.perf_counter() - started, "sync/buckets": 0.0, "sync/gb": 0.0}
+        if self.settings.colocated:
+            self.metrics["sync/seconds_sleep"] = self._slept
         self._sending = time.perf_counter()
 
     def send(self, stream: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -112,6 +149,7 @@ class WeightSync:
                 ready.result()
             except OSError as error:
                 raise RolloutFailed(f"servers.snapshot_dir: the weights could not be written: {error}") from error
+        marker(self.folder).unlink(missing_ok=True)
         self.loop.run(self._resume({id(server) for server in carried}))
         self.metrics["sync/seconds_resume"] = time.perf_counter() - started
         self.metrics["sync/servers"] = float(len(self.members))
@@ -182,10 +220,20 @@ class WeightSync:
 
     async def _label(self, server: Server) -> str | None:
         try:
-            return await server.client.label(self.settings.health_timeout_s)
+            label = await server.client.label(self.settings.health_timeout_s)
         except Fault as fault:
             self.pool.drop(server, str(fault))
             return None
+        if problem := self._beyond_waking(label):
+            self.pool.drop(server, problem)
+            return None
+        return label
+
+    def _beyond_waking(self, label: str) -> str | None:
+        """Why a server without all of its memory stays out: what became of it is not known, or not this run's doing."""
+        if label == WAKING or (label == ASLEEP and not self.settings.colocated):
+            return f"its label is {label!r}: a trainer left it without memory for weights or cache; start it again"
+        return None
 
     async def _resume(self, carried: set[int]) -> None:
         await asyncio.gather(*(self._resume_one(server, id(server) in carried) for server in self.members))
@@ -194,10 +242,11 @@ class WeightSync:
         limit, flush = self.settings.sync_timeout_s, self.settings.pause == "retract"
         try:
             if not carried:
-                await self._read(server, flush=flush)
-            elif flush:
-                await server.client.flush_cache(limit)
-            await server.client.command("/continue_generation", timeout=limit)
+                await self._bring_up(server, flush=flush)
+            else:
+                if flush:
+                    await server.client.flush_cache(limit)
+                await server.client.command("/continue_generation", timeout=limit)
             held = await server.client.label(self.settings.health_timeout_s)
         except Fault as fault:
             self.pool.drop(server, str(fault))
@@ -227,20 +276,31 @@ class WeightSync:
 
     async def _repair(self, server: Server) -> None:
         limit = self.settings.sync_timeout_s
+        held = await server.client.label(self.settings.health_timeout_s)
+        if problem := self._beyond_waking(held):
+            raise Fault("version", problem)
         # Requests that were given up may still run there, and keep it from flushing its cache.
         await server.client.command("/pause_generation", {"mode": "retract"}, timeout=limit)
-        await self._read(server, flush=True)
+        await self._bring_up(server, flush=True)
+
+    async def _bring_up(self, server: Server, *, flush: bool) -> None:
+        """Let a paused server read the newest snapshot and go on, awake or asleep. Fault when it does not."""
+        limit = self.settings.sync_timeout_s
+        if self.settings.colocated and await server.client.label(self.settings.health_timeout_s) == ASLEEP:
+            await wake(server.client, lambda: self._read(server, WAKING, flush=False), self.label, limit)
+            return
+        await self._read(server, self.label, flush=flush)
         await server.client.command("/continue_generation", timeout=limit)
 
-    async def _read(self, server: Server, *, flush: bool) -> None:
-        """Let a server read the newest snapshot. Fault when it does not."""
+    async def _read(self, server: Server, label: str, *, flush: bool) -> None:
+        """Let a server read the newest snapshot, and call it `label`. Fault when it does not."""
         if self.snapshots.ready is None:
             raise Fault("version", "there are no weights to give it yet")
         try:
             folder = await asyncio.wrap_future(self.snapshots.ready)
         except OSError as error:
             raise Fault("version", f"the snapshot could not be written: {error}") from error
-        body = {"model_path": str(folder), "weight_version": self.label, "flush_cache": flush}
+        body = {"model_path": str(folder), "weight_version": label, "flush_cache": flush}
         await server.client.command("/update_weights_from_disk", body, timeout=self.settings.sync_timeout_s)
 
     def _each(self, path: str, body: dict[str, Any]) -> Coroutine[Any, Any, list[Server]]:

@@ -116,6 +116,11 @@ def test_a_broken_rule_of_a_set_does_not_make_the_set_disappear(write, violation
     assert sentence == "eval.sets.h: pass_k holds [4]: the unbiased estimate needs 1 <= k < samples = 4."
 
 
+TURNS = "servers={colocated: true, transport: disk}"
+ROUTER = "servers.pools.policy.router='http://127.0.0.1:1'"
+OLD = "algorithm.correction.old_logp=rollout"
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -128,6 +133,12 @@ def test_a_broken_rule_of_a_set_does_not_make_the_set_disappear(write, violation
         (["rollout.engine=replay"], "needs replay_from"),
         (["rollout.replay_from=runs/x"], "is read by engine: replay alone"),
         (["rollout={engine: replay, replay_from: x}", "run.rollout_only=true"], "what is already recorded"),
+        ([TURNS], "which has no servers"),
+        ([TURNS, "rollout={engine: sglang, max_staleness: 1}", OLD], "nothing can be generated while the policy"),
+        ([TURNS, "rollout.engine=sglang", "run.rollout_only=true"], "nothing trains that memory could be for"),
+        (["servers.colocated=true", "rollout.engine=sglang"], "NCCL refuses two processes on one GPU"),
+        ([TURNS, "rollout.engine=sglang", "servers.pause=in_place"], "servers drop their cache when they sleep"),
+        ([TURNS, "rollout.engine=sglang", ROUTER], "a router does not know that servers sleep"),
         (["optim.min_lr=1"], "min_lr = 1.0 is above lr = 0.001"),
         (["eval.every=5"], "there are no sets to evaluate"),
         (["eval.sets.h={path: x, label_field: null}"], "an evaluation set needs labels"),

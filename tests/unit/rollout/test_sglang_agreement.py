@@ -15,16 +15,18 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from megatron_urlvr.distributed.agreement import agreed
-from megatron_urlvr.distributed.exchange import hand_over
+from megatron_urlvr.distributed.exchange import hand_over, put_to_sleep
 from megatron_urlvr.exit_codes import UnusableInput
 from megatron_urlvr.rollout.faults import Abandoned, RolloutFailed
 
-PHASES = ("generate", "begin", "update", "end")
+PHASES = ("generate", "sleep", "begin", "update", "end")
 KINDS = {kind.__name__: kind for kind in (RolloutFailed, Abandoned, UnusableInput)}
 
 
 class Engine:
     """Fails in one phase."""
+
+    shares_memory = True
 
     def __init__(self, fails_in: str | None, kind: str) -> None:
         self.fails_in, self.kind = fails_in, kind
@@ -35,6 +37,9 @@ class Engine:
 
     def generate(self) -> None:
         self._maybe("generate")
+
+    def sleep(self) -> None:
+        self._maybe("sleep")
 
     def begin_update(self, version: int) -> None:
         self._maybe("begin")
@@ -87,6 +92,7 @@ def ending_of(rank: int, phase: str, kind: str, failing: int) -> str:
     try:
         with agreed(layout):
             engine.generate()
+        put_to_sleep(engine, layout)
         hand_over(export(), engine, layout, version=1)
     except (RolloutFailed, Abandoned, UnusableInput) as error:
         return f"{type(error).__name__}: {error}"

@@ -24,6 +24,19 @@ def test_a_server_on_a_gpu() -> None:
     )
 
 
+def test_a_server_that_shares_its_gpu_with_the_trainer_can_give_memory_back_and_no_other_can() -> None:
+    def flags(environment: Environment, colocated: bool) -> list[str]:
+        pool, port = PoolSection(mem_fraction=0.4), 31000
+        command = server_command(
+            pool, environment, model="/m", port=port, key_file=None, context=64, colocated=colocated
+        )
+        return [word for word in command if word in ("--enable-memory-saver", "0.4")]
+
+    assert flags(GPU, True) == ["0.4", "--enable-memory-saver"]
+    assert flags(GPU, False) == ["0.4"]
+    assert flags(CPU, True) == []  # SGLang's memory saver is CUDA's: with it a server on a CPU does not start
+
+
 def test_servers_of_one_host_share_no_gpu() -> None:
     pool = PoolSection(tp=2, count=4)
     commands = [server_command(pool, GPU, model="/m", port=1, key_file=None, context=64, index=k) for k in range(4)]

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from megatron_urlvr.rollout.sleep import marker
+
 ROOT = Path(__file__).parents[3]
 SUPPORT = ROOT / "tests" / "support"
 PATIENCE_S = 120
@@ -110,6 +112,26 @@ def test_a_signal_ends_servers_and_what_they_started_and_nothing_stays_announced
     assert not alive(server["pid"])
     assert not alive(child)
     assert supervisor.announced() is None
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_while_the_trainer_has_its_memory_is_started_again_afterwards(tmp_path: Path) -> None:
+    health = ["servers.health_every_s=0.05", "servers.health_timeout_s=0.1", "servers.sync_timeout_s=0.1"]
+    supervisor = Supervisor(tmp_path, "servers.transport=disk", "servers.colocated=true", *health)
+    first = wait_for(supervisor.announced)
+    marker(supervisor.folder).touch()
+    [log] = supervisor.folder.glob("*.log")
+    os.kill(first["pid"], signal.SIGKILL)
+    assert supervisor.process.stdout is not None
+    assert any("waits with that" in line for line in supervisor.process.stdout)
+    assert supervisor.announced() is None
+    assert len(re.findall("child", log.read_text())) == 1, "no other was started"
+    marker(supervisor.folder).unlink()
+    second = wait_for(supervisor.announced)
+    assert second["id"] == first["id"]
+    assert second["started"] != first["started"]
+    supervisor.process.send_signal(signal.SIGTERM)
+    assert supervisor.end()[0] == 0
 
 
 @pytest.mark.slow

@@ -1,0 +1,89 @@
+"""Trainer and servers in turns on the same GPUs: what each must leave to the other."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_urlvr.config.loader import load_config
+from megatron_urlvr.exit_codes import UnusableInput
+from megatron_urlvr.launch.plan.crew import crew_of
+from megatron_urlvr.launch.plan.hardware import GIB, GPUS, assume
+from megatron_urlvr.launch.plan.plan import Plan, load_model, make_plan
+from megatron_urlvr.launch.plan.report import as_json, as_text
+from megatron_urlvr.launch.plan.search import search
+
+ROOT = Path(__file__).parents[3]
+RECIPE = "configs/recipes/qwen2.5-7b_1node_colocated.yaml"
+H100 = GPUS["H100-80GB"]
+PARAMETERS = 7_615_616_512
+"""Of Qwen2.5-7B."""
+
+
+@pytest.fixture(autouse=True)
+def _from_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def planned(*overrides: str, **assumed: float) -> Plan:
+    config = load_config(RECIPE, list(overrides))
+    assumptions = assume([f"{name}={value}" for name, value in assumed.items()])
+    return make_plan(config, load_model(config), H100, crew_of(config, 8, None), assumptions, built=False)
+
+
+def test_every_gpu_trains_and_serves_and_is_counted_once():
+    plan = planned()
+    assert (plan.crew.gpus, plan.crew.trainers, plan.crew.serving, plan.crew.servers) == (8, 8, 8, 8)
+    assert as_json(plan)["gpus"] == {"total": 8, "train": 8, "serve": 8, "servers": 8}
+    assert as_json(plan)["in_turns"]
+    assert "8 x H100-80GB: 8 train, and serve in turns (8 x tp 1)" in as_text(plan)
+
+
+def test_phases_follow_each_other():
+    times = planned().times
+    assert times.generate is not None
+    assert times.total == pytest.approx(times.generate.seconds + times.score + times.train + times.sync)
+
+
+def test_servers_have_what_the_trainer_does_not_keep():
+    plan = planned()
+    assert plan.server is not None
+    # 2 bytes of weights and 4 of gradients a parameter over tp 2, 12 of the optimizer over dp 4 too; 5 GiB of reserve.
+    keeps = PARAMETERS / 2 * (2 + 4 + 12 / 4) + 5 * GIB
+    assert plan.server.trainer == pytest.approx(keeps, rel=0.001)
+    assert plan.server.weights == 2 * PARAMETERS
+    assert plan.server.kv_cache == pytest.approx(0.45 * H100.memory - 2 * PARAMETERS, abs=2)
+    whole = plan.server.weights + plan.server.kv_cache + plan.server.other + plan.server.trainer
+    assert whole == pytest.approx(H100.memory, abs=2)
+    assert plan.problems == []
+
+
+def test_a_share_that_the_trainer_leaves_no_room_for_is_refused_with_the_largest_that_fits():
+    plan = planned("servers.pools.policy.mem_fraction=0.6")
+    [problem] = plan.problems
+    assert "mem_fraction = 0.6 that leaves -5.1 GiB" in problem
+    fits = float(problem.rsplit(" ", 1)[1].rstrip("."))
+    assert planned(f"servers.pools.policy.mem_fraction={fits}").problems == []
+    assert planned(f"servers.pools.policy.mem_fraction={fits + 0.01}").problems != []
+
+
+def test_what_a_sleeping_server_keeps_is_not_the_trainers():
+    peak = max(rank.peak for rank in planned().ranks) / GIB
+    free = H100.memory / GIB - peak
+    assert not any("pipeline rank" in each for each in planned(sleeping_server_gib=free - 0.1).problems)
+    [problem, *_] = planned(sleeping_server_gib=free + 0.1).problems
+    assert f"beside the {free + 0.1:.1f} of a sleeping server" in problem
+
+
+def test_numbers_that_contradict_each_other_are_refused():
+    config = load_config(RECIPE)
+    with pytest.raises(UnusableInput, match=r"parallel\.dp x tp x pp = 8: all of them train"):
+        crew_of(config, 16, None)
+    with pytest.raises(UnusableInput, match="servers run on the trainer's GPUs"):
+        crew_of(config, 8, 4)
+
+
+def test_a_search_lets_all_gpus_do_both():
+    config = load_config(RECIPE, ["parallel.dp=auto"])
+    best = search(config, load_model(config), H100, 8, assume([]))[0].plan
+    assert (best.crew.gpus, best.crew.trainers, best.crew.serving) == (8, 8, 8)
+    assert best.problems == []
