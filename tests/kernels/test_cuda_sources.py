@@ -1,38 +1,46 @@
-"""The CUDA C++: it compiles for the architectures we name, and its per-thread arithmetic is right when run on the host.
+"""The CUDA C++: it compiles for the architectures we name, its per-thread arithmetic is right when run on the host, and
+its entry points take what Python passes.
 
-What needs a GPU (shuffles, clusters, launches, speed) is in `tests/gpu`.
+Without nvcc the per-thread functions are compiled by g++ against stand-ins for CUDA's headers (`host_headers`). What
+needs a GPU (shuffles, clusters, launches, speed) is in `tests/gpu`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import re
+import shutil
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from urlvr_kernels import OUTPUTS, cuda_build, reference
-from urlvr_kernels.cuda_ops import DTYPES
-from urlvr_kernels.rowstate import TARGET, statistics
+from urlvr_kernels import OUTPUTS, cuda_build, cuda_ops, reference, rowstate
+from urlvr_kernels.cuda_ops import DTYPES, CudaOps
+from urlvr_kernels.rowstate import TARGET, Slopes, Wanted, statistics
 
 needs_nvcc = pytest.mark.skipif(
-    cuda_build.find_nvcc() is None, reason="nvcc is not here: the CUDA sources are unchecked"
+    cuda_build.find_nvcc() is None, reason="nvcc is not here: that the CUDA sources compile for GPUs is unchecked"
 )
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The per-thread functions, compiled for the host."""
-    nvcc = cuda_build.find_nvcc()
-    if nvcc is None:
-        pytest.skip("nvcc is not here, nor its headers")
+    here = Path(__file__).parent
+    nvcc, gcc = cuda_build.find_nvcc(), shutil.which("g++")
+    if nvcc is not None:
+        compiler = [nvcc, "-x", "c++", "-Xcompiler", "-fPIC"]
+    elif gcc is not None:
+        compiler = [gcc, "-fPIC", f"-I{here / 'host_headers'}"]
+    else:
+        pytest.skip("neither nvcc nor g++ is here: the arithmetic of the CUDA sources is unchecked")
     made = tmp_path_factory.mktemp("host") / "host.so"
-    code = Path(__file__).with_name("csrc_on_host.cpp")
     include = cuda_build.sources()[0].parent
-    subprocess.run(
-        [nvcc, "-x", "c++", "-std=c++17", "-O1", "-shared", "-Xcompiler", "-fPIC", f"-I{include}", "-o", made, code],
-        check=True,
-    )
+    code = here / "csrc_on_host.cpp"
+    subprocess.run([*compiler, "-std=c++17", "-O1", "-shared", f"-I{include}", "-o", made, code], check=True)
     return ctypes.CDLL(str(made))
 
 
@@ -64,6 +72,59 @@ def test_without_nvcc_the_backend_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_build, "find_nvcc", lambda: None)
     with pytest.raises(cuda_build.CudaBuildError, match=r"^backend: 'cuda' needs nvcc"):
         cuda_build.build(["90"])
+
+
+SOURCE = "\n".join(path.read_text() for path in cuda_build.sources())
+
+
+def parameters(name: str) -> list[type]:
+    """What the entry point called `name` takes, as ctypes calls it."""
+    (text,) = re.findall(rf"\nint {name}\(([^)]*)\) {{", SOURCE)
+    numbers = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
+    types = (" ".join(part.split()[:-1]) for part in text.replace("*", "* ").split(","))
+    return [ctypes.c_void_p if "*" in one else numbers[one] for one in types]
+
+
+def test_the_entry_points_take_exactly_what_python_passes(monkeypatch):
+    seen: dict[str, list[list[type]]] = {}
+
+    def entry(name: str):
+        def call(*arguments: object) -> int:
+            seen.setdefault(name, []).append([type(argument) for argument in arguments])
+            return 0
+
+        return call
+
+    ops = object.__new__(CudaOps)
+    ops._library = SimpleNamespace(**{f"urlvr_{name}": entry(name) for name in ("row_state", "dlogits", "merge")})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    logits, target, row = torch.zeros(2, 20_000), torch.zeros(2, dtype=torch.int64), torch.zeros(2)
+    for ops._clusters in (False, True):
+        for tau in (None, 0.5, row):
+            more = {"target": target, "first": 0, "inv_tau": tau}
+            ops.row_state(logits, torch.zeros(8, 2), Wanted(True, True, True, True, True), **more)
+            ops.dlogits(logits, logits, Slopes(row, row, row, row, row), **more)
+            ops.dlogits(logits, logits, Slopes(row, row, None, None, None), **more | {"target": None})
+    assert set(seen) == {"row_state", "dlogits", "merge"}  # without clusters, the split rows' states are merged
+    for name, calls in seen.items():
+        assert all(types == parameters(f"urlvr_{name}") for types in calls), name
+
+
+def test_python_and_the_sources_number_fields_flags_and_types_alike():
+    (version,) = re.findall(r"kAbiVersion = (\d+);", SOURCE)
+    assert int(version) == cuda_build.ABI_VERSION
+    (flags,) = re.findall(r"enum Flag \{([^}]*)\}", SOURCE)
+    for name, value in re.findall(r"(\w+) = (\d+)", flags):
+        assert getattr(cuda_ops, name) == int(value), name
+    assert len(re.findall("=", flags)) == 7
+    (fields,) = re.findall(r"enum Field \{([^}]*)\}", SOURCE)
+    names = [name.split("=")[0].strip() for name in fields.split(",")]
+    assert [getattr(rowstate, name) for name in names] == list(range(rowstate.FIELDS))
+    cases = dict(re.findall(r"case (\d): return choose_row_state<(\w+)>", SOURCE))
+    types = {"float": torch.float32, "__nv_bfloat16": torch.bfloat16, "__half": torch.float16}
+    assert {types[name]: int(number) for number, name in cases.items()} == DTYPES
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
