@@ -21,7 +21,7 @@ from ..config.addresses import api_key
 from ..config.servers import POLICY, ServersSection
 from ..exit_codes import UnusableInput
 from .client import ServerClient
-from .faults import Fault, RolloutFailed
+from .faults import Abandoned, Fault, RolloutFailed
 from .loop import HttpLoop
 from .pool import ServerPool
 
@@ -86,14 +86,16 @@ def settle(servers: ServersSection, folder: Path, *, hosts: int, interrupted: Ca
     loop = HttpLoop(api_key(servers.api_key_env))
     pool = ServerPool(servers.policy, servers, folder, name=POLICY)
     try:
-        loop.run(_settle(servers, pool, loop, wanted), interrupted)
+        loop.run(_settle(servers, pool, loop, wanted, interrupted))
     finally:
         loop.close()
     folder.mkdir(parents=True, exist_ok=True)
     marker(folder).touch()
 
 
-async def _settle(servers: ServersSection, pool: ServerPool, loop: HttpLoop, wanted: int) -> None:
+async def _settle(
+    servers: ServersSection, pool: ServerPool, loop: HttpLoop, wanted: int, interrupted: Callable[[], bool]
+) -> None:
     began, asleep, why = time.monotonic(), set[tuple[str, str]](), ""
     while True:
         pool.discover(loop.session)
@@ -109,6 +111,8 @@ async def _settle(servers: ServersSection, pool: ServerPool, loop: HttpLoop, wan
         there = sum(server.incarnation in asleep for server in pool.servers.values())
         if there >= wanted:
             return
+        if interrupted():  # between servers: one must know what it has given back
+            raise Abandoned
         if time.monotonic() - began > servers.wait_s:
             raise RolloutFailed(
                 f"{there} of {wanted} colocated servers are there after {servers.wait_s:g} s (servers.wait_s), and the"

@@ -70,7 +70,7 @@ class WeightSync:
         started = time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
         marker(self.folder).touch()
-        self.loop.run(self._sleep(), self.interrupted)
+        self.loop.run(self._sleep())  # to its end, signal or not: a server must know what it has given back
         self._slept = time.perf_counter() - started
 
     async def _sleep(self) -> None:
