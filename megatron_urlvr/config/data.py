@@ -67,6 +67,9 @@ class TaskSource(TaskChoice):
     """Seed of the prompts. None: the run's seed for training data, 0 for evaluation sets."""
     skip: int = Field(default=0, ge=0)
     """Leave out the first prompts of the sequence, so that two sets of one seed are disjoint."""
+    split: Literal["train", "held_out"] | None = None
+    """Side of the task's prompts. None: `train` to train on, `held_out` to evaluate. Training on `held_out` with the
+    seed and place of an evaluation set trains on its very prompts (test-time training)."""
 
     @classmethod
     def surviving(cls, parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:

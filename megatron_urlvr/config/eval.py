@@ -43,7 +43,7 @@ class EvalOptions(Section):
 
 
 class TaskEvalSet(TaskSource, EvalOptions):
-    """Held-out prompts of a task: never the training prompts, whatever the seeds."""
+    """Held-out prompts of a task: never the training prompts, whatever the seeds, unless `split` says so."""
 
 
 class _Labelled(TableSource, EvalOptions):

@@ -56,8 +56,8 @@ def load_source(
 ) -> PromptSet:
     """The prompts of `source`; their labels go to `labels` and nowhere else.
 
-    `name` begins every prompt's id. `split` and `seed` matter to tasks alone; `seed` counts where the source has none
-    of its own. DataError, in a sentence, for whatever makes the source unusable.
+    `name` begins every prompt's id. `split` and `seed` matter to tasks alone, and count where the source has none of
+    its own. DataError, in a sentence, for whatever makes the source unusable.
     """
     grader: Grader
     task: Task | None = None
@@ -101,7 +101,7 @@ def load_source(
 
 def _task_rows(task: Task, source: TaskSource, name: str, split: Split, seed: int) -> list[Row]:
     seed = seed if source.seed is None else source.seed
-    made = task.prompts(source.size, seed=seed, split=split, skip=source.skip)
+    made = task.prompts(source.size, seed=seed, split=source.split or split, skip=source.skip)
     return [
         Row(id=f"{name}/{source.skip + i}", text=prompt.text, label=prompt.label, fields=_with_paraphrase(task, prompt))
         for i, prompt in enumerate(made)

@@ -92,8 +92,11 @@ class Parts:
         return groups
 
     def engine_metrics(self, counts: Mapping[str, float]) -> dict[str, float]:
-        """What the replicas' engines measured since the last call, and this replica's `counts`, added up."""
-        mine = {} if self.engine is None else self.engine.metrics() | self.signals.metrics() | dict(counts)
+        """What the replicas' engines, and their graders of training prompts, measured since the last call, and this
+        replica's `counts`, added up."""
+        mine: dict[str, float] = {}
+        if self.engine is not None:
+            mine = self.engine.metrics() | self.signals.metrics() | self.train.grader.counted() | dict(counts)
         total: dict[str, float] = {}
         for measured in gather_from_leaders(mine, self.layout):
             for name, value in measured.items():

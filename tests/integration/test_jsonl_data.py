@@ -14,6 +14,8 @@ from small_runs import TRAIN, Command, rows, status, write_config
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_urlvr.config.pretrain import ArchitectureSection
+from megatron_urlvr.data.grading.pool import MathPool
+from megatron_urlvr.data.grading.text import TextGrader
 from megatron_urlvr.data.tokenizer import character_tokenizer, save_tokenizer
 from megatron_urlvr.pretrain import qwen2_config
 from megatron_urlvr.rollout.records import group_from_record, read_records
@@ -126,3 +128,16 @@ def test_prompts_of_different_lengths_are_sampled_and_scored_alike(train):
     for group in groups:
         for sample in group.samples:
             torch.testing.assert_close(sample.stats.logp, sample.logp, rtol=1e-4, atol=1e-4)
+
+
+def test_comparisons_without_a_verdict_are_counted_in_the_metrics(train, monkeypatch):
+    """Every answer is a formula of its own, which math-verify would be asked about; it crashes on those with a 1."""
+    asked, ask = [], TextGrader._ask
+    monkeypatch.setattr(TextGrader, "_ask", lambda self, a, b: asked.append((a, b)) or ask(self, a, b))
+    monkeypatch.setattr(MathPool, "compare", lambda self, a, b: "crash" if "1" in a + b else "different")
+    formula = {"extract": "regex", "pattern": r"(\d\D)", "equivalence": "math"}
+    metrics, _ = train("eval.every=0", grading=formula)
+    crashes = sum("1" in a + b for a, b in asked)
+    assert 0 < crashes < len(asked)
+    assert (metrics["grading/asked"], metrics["grading/crashes"]) == (len(asked), crashes)
+    assert [metrics[f"grading/{name}"] for name in ("timeouts", "errors", "too_long")] == [0, 0, 0]

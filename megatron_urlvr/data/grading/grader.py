@@ -17,7 +17,7 @@ class Grader(ABC):
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        """What grading cost and where it failed, since the start; names end up under `grading/`."""
+        """What was counted since `counted` was last called."""
 
     @abstractmethod
     def extract(self, text: str, *, finished: bool = True) -> str | None:
@@ -65,6 +65,11 @@ class Grader(ABC):
     def correct(self, answer: str | None, label: str) -> bool:
         """Whether `answer` is the true one; never for a response without an answer."""
         return answer is not None and self.equivalent(answer, label)
+
+    def counted(self) -> dict[str, float]:
+        """What grading counted since the last call, the same whatever was graded before it: metrics under `grading/`.
+        Nothing from graders that cannot fail."""
+        return {}
 
     def close(self) -> None:  # noqa: B027 (most graders hold on to nothing)
         """Give back whatever grading holds on to (worker processes)."""

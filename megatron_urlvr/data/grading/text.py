@@ -2,26 +2,30 @@
 
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 from ...config.data import GradingSection
 from .extract import Place, boxed_place, hash_place, match_place
 from .grader import Grader
 from .normalise import as_fraction, is_words, normalise
-from .pool import MathPool
+from .pool import MathPool, Verdict
 
 MAX_COMPARED = 300
 """Characters; longer answers are only compared as strings."""
 CACHE_SIZE = 200_000
 """Verdicts kept; the oldest go first."""
+UNDECIDED = {"error": "errors", "timeout": "timeouts", "crash": "crashes", "too_long": "too_long"}
+"""How a comparison ends without a verdict, and what it is counted as."""
 
 
 class TextGrader(Grader):
     """Grades as a `grading` section says. Comparison processes start with the first pair that needs one.
 
-    `counts`: `compared` by math-verify, `cached`, and those that count as different for want of a verdict: `timeouts`,
-    `crashes`, `errors` (math-verify itself raised) and `too_long`.
+    `counts`: pairs that math-verify was `asked` about, of which it has `decided` some; the others count as different:
+    `timeouts`, `crashes`, `errors` (math-verify itself raised) and `too_long`. What is remembered counts again.
     """
 
     def __init__(self, section: GradingSection, *, pool: MathPool | None = None) -> None:
@@ -31,7 +35,7 @@ class TextGrader(Grader):
         self._pool: MathPool | None = None
         if section.equivalence == "math":
             self._pool = pool or MathPool(timeout_s=section.timeout_s)
-        self._verdicts: dict[tuple[str, str], bool] = {}
+        self._verdicts: dict[tuple[str, str], Verdict | Literal["too_long"]] = {}
         self._lock = threading.Lock()
 
     def extract(self, text: str, *, finished: bool = True) -> str | None:
@@ -67,17 +71,24 @@ class TextGrader(Grader):
         """math-verify's verdict, remembered; no verdict counts as different."""
         assert self._pool is not None
         with self._lock:
-            if (a, b) in self._verdicts:
-                self.counts["cached"] += 1
-                return self._verdicts[a, b]
-        verdict = "too_long" if max(len(a), len(b)) > MAX_COMPARED else self._pool.compare(a, b)
-        name = {"error": "errors", "timeout": "timeouts", "crash": "crashes", "too_long": "too_long"}.get(verdict)
+            verdict = self._verdicts.get((a, b))
+            known = verdict is not None
+        if verdict is None:
+            verdict = "too_long" if max(len(a), len(b)) > MAX_COMPARED else self._pool.compare(a, b)
         with self._lock:
-            self.counts[name or "compared"] += 1
-            while len(self._verdicts) >= CACHE_SIZE:
+            self.counts.update(("asked", UNDECIDED.get(verdict, "decided")))
+            while not known and len(self._verdicts) >= CACHE_SIZE:
                 self._verdicts.pop(next(iter(self._verdicts)))
-            self._verdicts[a, b] = verdict == "equal"
+            self._verdicts[a, b] = verdict
         return verdict == "equal"
+
+    def counted(self) -> dict[str, float]:
+        """See Grader."""
+        if self._pool is None:
+            return {}
+        with self._lock:
+            taken, self.counts = self.counts, Counter()
+        return {f"grading/{name}": float(taken[name]) for name in ("asked", *UNDECIDED.values())}
 
     def classes_of(self, groups: Sequence[Sequence[str | None]]) -> list[list[int | None]]:
         """`classes` of each group; groups are compared side by side, one thread for each process."""

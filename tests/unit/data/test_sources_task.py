@@ -47,6 +47,14 @@ def test_the_sources_own_seed_wins_over_the_runs():
     assert load(seed=0).prompts != load(seed=1).prompts
 
 
+def test_a_source_may_take_the_other_side_and_then_it_is_the_set_that_is_evaluated():
+    tested = load(TaskSource(task="chain_sum", size=20), split="held_out")
+    trained = load(TaskSource(task="chain_sum", size=20, split="held_out", seed=0), seed=7)
+    assert [prompt.text for prompt in trained.prompts] == [prompt.text for prompt in tested.prompts]
+    others = load(TaskSource(task="chain_sum", size=20, split="train"), split="held_out")
+    assert others.prompts == load(TaskSource(task="chain_sum", size=20)).prompts
+
+
 def test_the_fingerprint_is_of_the_content():
     assert load(name="a").fingerprint == load(name="b").fingerprint
     assert load(seed=1).fingerprint != load(seed=0).fingerprint
