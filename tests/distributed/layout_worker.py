@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -53,6 +54,7 @@ def run(job: dict, folder: Path) -> None:
 def meet(folder: Path, number: int) -> None:
     """Form the process group that the next part will find and leave. The first part forms it as torchrun's ranks do;
     doing so again through one port would race with the group that is being left."""
+    gc.collect()  # a store that is left behind writes to its file when it goes, which must not be on a full disk
     if number > 0:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         dist.init_process_group("gloo", init_method=f"file://{folder}/meeting_{number}", rank=rank, world_size=size)

@@ -25,7 +25,7 @@ from megatron_urlvr.config.root import Config
 from megatron_urlvr.data.labels import LabelStore
 from megatron_urlvr.data.sources import load_source
 from megatron_urlvr.data.stream import PromptStream
-from megatron_urlvr.data.tokenizer import load_tokenizer
+from megatron_urlvr.data.tokenizer import bare_tokens, load_tokenizer
 from megatron_urlvr.distributed.exchange import my_share
 from megatron_urlvr.distributed.layout import joined
 from megatron_urlvr.loop.assembly import Parts, build
@@ -33,10 +33,11 @@ from megatron_urlvr.loop.batching import mini_batches, reward_groups, score_grou
 from megatron_urlvr.policy.batch import Row, plan_microbatches
 from megatron_urlvr.policy.policy import Policy
 from megatron_urlvr.rewards.base import ANSWER, LABEL
+from megatron_urlvr.rewards.judge import judge_text
 from megatron_urlvr.rewards.registry import available, get_reward
 from megatron_urlvr.rollout.records import group_to_record, write_records
 from megatron_urlvr.rollout.replay import rollout_file
-from megatron_urlvr.types import STATISTICS, Group, Sample, Sampling, samples_of
+from megatron_urlvr.types import STATISTICS, Group, Prompt, Sample, Sampling, samples_of
 
 PROMPTS, VOTES, LONGEST, STEPS = 8, 4, 16, 3
 VOCAB = 29
@@ -54,7 +55,20 @@ REWARDS = [
     for name in available()
     if all(need in STATISTICS or need == LABEL or need.startswith(ANSWER) for need in get_reward(name).needs)
 ]
-"""The rewards that a recording is enough for: they ask no other model and no program."""
+"""The rewards that a recording of responses is enough for: they ask no other model and no program."""
+REWARDS.append("self_verification")
+JUDGE: Mapping[str, Any] = {
+    "name": "judge",
+    "cotrain": "vote",
+    "template": "{question}{response}",
+    "verdict": "whole",
+    "yes": "c",
+    "no": "q",
+    "samples": 3,
+    "temperature": 0.9,
+    "max_new_tokens": 2,
+}
+"""The policy judges its own responses; its verdicts are recorded, and trained on beside them."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +106,7 @@ def config_of(
             "max_new_tokens": LONGEST,
             "temperature": 0.9,
         },
-        "reward": {"terms": terms},
+        "reward": {"terms": terms, "providers": {"judge": dict(JUDGE)}},
         "algorithm": {
             "advantage": "rloo",
             "mini_batch": PROMPTS // 2,
@@ -137,7 +151,7 @@ def record(case: Case, *, vocab: int) -> None:
         overlong="refuse",
     )
     stream = PromptStream(source.prompts, seed=config.run.seed, shuffle=True)
-    rng = random.Random(5)
+    rng, judge = random.Random(5), random.Random(6)
     task: Any = source.task
     steps: list[list[Group]] = []
     for _ in range(STEPS):
@@ -153,10 +167,21 @@ def record(case: Case, *, vocab: int) -> None:
                 text = str(tokenizer.decode([t for t in tokens if t < 21], skip_special_tokens=True))
                 stopped = tokens[-1] == tokenizer.eos_token_id
                 samples.append(Sample(prompt.id, index, tokens, text, "stop" if stopped else "length"))
-            steps[-1].append(Group(prompt, samples))
-    _fill_log_probs(case, [group for groups in steps for group in groups], config.rollout.temperature)
+            verdicts = [_verdicts(prompt, sample, tokenizer, judge) for sample in samples]
+            steps[-1].append(Group(prompt, samples, beside=verdicts))
+    recorded = [group for groups in steps for group in groups]
+    _fill_log_probs(case, [*recorded, *(g for group in recorded for g in group.beside)], config.rollout.temperature)
     for step, groups in enumerate(steps, start=1):
         write_records(rollout_file(case.recorded, step), [group_to_record(group) for group in groups])
+
+
+def _verdicts(prompt: Prompt, sample: Sample, tokenizer: Any, rng: random.Random) -> Group:
+    """What a judge that mostly says something may have said of a response."""
+    text = judge_text(JUDGE["template"], prompt, sample)
+    asked = Prompt(f"{prompt.id}#judge{sample.index}", "", bare_tokens(tokenizer, text, special=True))
+    said = [rng.choice("ccqq#") for _ in range(JUDGE["samples"])]
+    tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for word in said]
+    return Group(asked, [Sample(asked.id, k, tokens[k], word, "stop") for k, word in enumerate(said)])
 
 
 def _fill_log_probs(case: Case, groups: Sequence[Group], temperature: float) -> None:
