@@ -52,6 +52,8 @@ class Layout:
     pipeline_ranks: tuple[int, ...]
     tensor: Any
     """Tensor-parallel group."""
+    peers: Any
+    """gloo group of the ranks in this one's place of every replica, by dp rank."""
 
     @property
     def is_leader(self) -> bool:
@@ -176,6 +178,7 @@ def _describe(mpu: Any, device: torch.device) -> Layout:
         pipeline=mpu.get_pipeline_model_parallel_group(),
         pipeline_ranks=tuple(dist.get_process_group_ranks(mpu.get_pipeline_model_parallel_group())),
         tensor=mpu.get_tensor_model_parallel_group(),
+        peers=mpu.get_data_parallel_group_gloo(),
     )
 
 

@@ -14,6 +14,11 @@ from typing import Any
 
 import torch
 
+from .balance import Item, level, load
+
+SHORT = 64
+"""Tokens up to which segments are attended to together, whatever their lengths."""
+
 
 @dataclass
 class Row:
@@ -140,6 +145,48 @@ def plan_microbatches(rows: Sequence[Row], *, max_tokens: int, share_prefix: boo
     return plan
 
 
+def level_microbatches(rows: Sequence[Row], plan: Sequence[Sequence[int]], *, share_prefix: bool) -> list[list[int]]:
+    """The same number of micro-batches with the same rows, as even in tokens as they can be made; none longer than the
+    longest of `plan`. For pipelines, where all are padded to the longest."""
+    return level(plan, _token_items(rows, share_prefix=share_prefix))
+
+
+def fewer_microbatches(rows: Sequence[Row], plan: Sequence[Sequence[int]], *, share_prefix: bool) -> list[list[int]]:
+    """Levelled micro-batches, and as few of them as hold the rows without getting longer: where one row is as long as
+    several, the others fill up to its length."""
+    items = _token_items(rows, share_prefix=share_prefix)
+    parts = level(plan, items)
+    longest = max((load(part, items) for part in parts), default=0)
+    while len(parts) > 1:
+        first, second, *others = sorted(parts, key=lambda part: load(part, items))
+        found = level([[*first, *second], *others], items)
+        if max(load(part, items) for part in found) > longest:
+            break
+        parts = found
+    return parts
+
+
+def _token_items(rows: Sequence[Row], *, share_prefix: bool) -> list[Item]:
+    keys: dict[tuple[int, ...], int] = {}
+    items = []
+    for row in rows:
+        key, prompt, inputs = keys.setdefault(row.prompt, len(keys)), len(row.prompt), len(row.response) - 1
+        items.append(Item(inputs, prompt, key) if share_prefix else Item(prompt + inputs, 0, key))
+    return items
+
+
+def _segment_tables(lengths: list[int], starts: list[int], prefix: list[tuple[int, int]], spare: int) -> list[Segments]:
+    """Tables of segments at `starts`, with `lengths`, after prefixes given as (start, length). Each is padded to its
+    longest segment: longer segments than `SHORT` are kept apart from those of less than half their length or so."""
+    classes: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        classes.setdefault(max(length, SHORT).bit_length(), []).append(i)
+    return [
+        _segment_table([lengths[i] for i in part], [starts[i] for i in part], [prefix[i] for i in part], spare)
+        for part in classes.values()
+    ]
+
+
 def _segment_table(lengths: list[int], starts: list[int], prefix: list[tuple[int, int]], spare: int) -> Segments:
     """Index tables of segments at `starts`, with `lengths`, after prefixes given as (start, length)."""
     longest, longest_prefix = max(lengths), max(length for _, length in prefix)
@@ -218,9 +265,8 @@ def pack(
     for start in range(used, total, piece):
         plain[0].append(start)
         plain[1].append(min(piece, total - start))
-    tables = [_segment_table(plain[1], plain[0], [(0, 0)] * len(plain[0]), total - 1)]
-    if after[0]:
-        tables.append(_segment_table(after[1], after[0], after[2], total - 1))
+    tables = _segment_tables(plain[1], plain[0], [(0, 0)] * len(plain[0]), total - 1)
+    tables += _segment_tables(after[1], after[0], after[2], total - 1)
     restore = torch.empty(total, dtype=torch.int64)
     offset = 0
     for table in tables:

@@ -27,11 +27,13 @@ from ..config.parallel import ParallelSection
 from ..distributed.layout import Layout, broadcast_json
 from ..types import TokenStats
 from .attention import PackedSequence
-from .batch import PackedBatch, Row, pack, plan_microbatches
+from .balance import RowCost
+from .batch import PackedBatch, Row, fewer_microbatches, level_microbatches, pack, plan_microbatches
 from .hf.families import family_of
 from .hf.folder import read_config, write_folder
 from .model import Head, build_chunks, has_transformer_engine, parameters_of
 from .optimizer import NonFiniteError, PolicyOptimizer, wrap
+from .spread import Spread
 from .weights import Shadow, WeightMap
 
 Weights = Literal["policy", "reference", "ema"]
@@ -74,6 +76,7 @@ class Policy:
         self.temperature = temperature
         self.max_tokens = parallel.max_tokens_per_microbatch
         self.share_prefix = _share_prefix(parallel)
+        self.cost = RowCost.of(self.hf)
         self.dtype = _dtype(model.dtype, layout.device)
         distributed = parallel.distributed_optimizer
         self.chunks = build_chunks(
@@ -121,22 +124,27 @@ class Policy:
         Independent of micro-batching and layout up to rounding; the same bits on all ranks of a replica.
         """
         outputs = tuple(sorted(want))
+        spread = self._spread(rows)
         self._train(False)
         with self._using(weights):
-            plan, found = self._run(rows, Head(outputs, temperature or self.temperature), loss=None)
+            plan, found = self._run(spread.rows, Head(outputs, temperature or self.temperature), loss=None)
         self._train(True)
-        count = sum(len(row.response) for row in rows)
+        count = sum(len(row.response) for row in spread.rows)
         table = torch.empty(len(outputs), count, device=self.layout.device)
         order = [i for part in plan for i in part]
         if found:
             table = torch.cat(found, 1)
         if self.layout.pp > 1:
             dist.broadcast(table, self.layout.last_stage_rank, group=self.layout.pipeline)
-        columns = table.cpu().split([len(rows[i].response) for i in order], 1)
-        result: list[TokenStats] = [TokenStats() for _ in rows]
-        for i, part in zip(order, columns, strict=True):
-            result[i] = TokenStats(**{name: part[k] for k, name in enumerate(outputs)})
-        return result
+        columns = table.cpu().split([len(spread.rows[i].response) for i in order], 1)
+        computed = [part for _, part in sorted(zip(order, columns, strict=True), key=lambda pair: pair[0])]
+        return [
+            TokenStats(**{name: part[k] for k, name in enumerate(outputs)})
+            for part in spread.returned(computed, len(outputs))
+        ]
+
+    def _spread(self, rows: Sequence[Row]) -> Spread:
+        return Spread(rows, self.layout, self.cost, share_prefix=self.share_prefix)
 
     def _train(self, mode: bool) -> None:
         for chunk in self.chunks:
@@ -166,8 +174,9 @@ class Policy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = tuple(sorted(loss.needs | {"logp", "entropy"}))
-        _, found = self._run(rows, Head(outputs, self.temperature), loss=loss)
-        metrics = loss.finish(self._reduce(found))
+        spread = self._spread(rows)
+        _, found = self._run(spread.rows, Head(outputs, self.temperature), loss=loss)
+        metrics = loss.finish(self._reduce(found)) | spread.metrics
         if not math.isfinite(metrics["train/loss"]):
             raise NonFiniteError(f"the loss is {metrics['train/loss']}")
         metrics["train/grad_norm"] = self.optimizer.step(lr)
@@ -203,6 +212,8 @@ class Policy:
         """Run all micro-batches of `rows`; returns the plan and what the last stage collected for each."""
         layout = self.layout
         plan = plan_microbatches(rows, max_tokens=self.max_tokens, share_prefix=self.share_prefix)
+        if layout.pp > 1:
+            plan = fewer_microbatches(rows, plan, share_prefix=self.share_prefix)
         if layout.dp > 1:
             most = torch.tensor(len(plan))
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=layout.control)
@@ -210,10 +221,12 @@ class Policy:
         plan = plan or [[]]
         if len(self.chunks) > 1:  # Megatron's interleaved schedule takes micro-batches in groups of pp
             plan += [[] for _ in range(-len(plan) % layout.pp)]
+        if layout.pp > 1:
+            plan = level_microbatches(rows, plan, share_prefix=self.share_prefix)
         pad = layout.tp
         batches = [pack(rows, part, share_prefix=self.share_prefix, pad_to=pad) for part in plan]
         if layout.pp > 1:
-            # Stages exchange activations of one agreed shape.
+            # Stages exchange activations of one agreed shape: the shorter are padded, once they are as even as can be.
             length = max(batch.tokens.shape[1] for batch in batches)
             batches = [pack(rows, part, share_prefix=self.share_prefix, pad_to=pad, length=length) for part in plan]
         for chunk in self.chunks:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkpoint_cases import CHAIN, CHAIN_OF_FOUR, hand_on
 from layout_cases import Case, Observed, Seen, config_of, make_cases, observe, sampling_config, write_families
+from length_cases import SeenLengths, observe_lengths
 
 from megatron_urlvr.train import main as train
 
@@ -35,6 +36,15 @@ OF_FOUR: dict[str, dict[str, Any]] = {
     "pp2_dp2": {"pp": 2},
 }
 """Layouts of four."""
+LENGTHS: list[dict[str, dict[str, Any]]] = [
+    {},
+    {"pp2_vpp2": {"pp": 2, "vpp": 2}, "pp2_vpp2_unpadded": {"pp": 2, "vpp": 2}},
+    {"pp2": {"pp": 2}, "pp2_unpadded": {"pp": 2}, "dp2": {"dp": 2}},
+]
+"""Layouts of two that train on rows of very different lengths, for each start; and what Megatron-Core's pipelines make
+of micro-batches that are not padded to one length."""
+LENGTHS_OF_FOUR: dict[str, dict[str, Any]] = {"dp4": {}, "pp2_dp2": {"pp": 2}}
+"""The same of four."""
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +89,8 @@ def launched(
             group = next(group for group in LAUNCHES if name in group)
             out = tmp_path_factory.mktemp("_".join(group))
             chain = CHAIN if group is LAUNCHES[0] else {}
-            run_job(out, group, cases, chain=chain, processes=2, train=True, families=families)
+            lengths = LENGTHS[LAUNCHES.index(group)]
+            run_job(out, group, cases, chain=chain, processes=2, lengths=lengths, train=True, families=families)
             folders.update({each: out / each for each in group})
         return folders[name]
 
@@ -90,19 +101,20 @@ def launched(
 def four(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what four processes saw in every layout."""
     out = tmp_path_factory.mktemp("four")
-    run_job(out, OF_FOUR, cases, chain=CHAIN_OF_FOUR, processes=4)
+    run_job(out, OF_FOUR, cases, chain=CHAIN_OF_FOUR, processes=4, lengths=LENGTHS_OF_FOUR)
     return out
 
 
 def run_job(
-    out: Path, layouts: dict[str, Any], cases: dict[str, Case], *, chain: Any, processes: int, **more: Any
+    out: Path, layouts: dict[str, Any], cases: dict[str, Case], *, chain: Any, processes: int, lengths: Any, **more: Any
 ) -> None:
-    """Have processes observe `cases` in `layouts`; what `layout_worker.py` is told besides is in `more`."""
+    """Have processes observe `cases` in `layouts`, and rows of many lengths in others; what `layout_worker.py` is told
+    besides is in `more`."""
     model = cases["tied"].model
     if chain:
         hand_on(model, out / "chain", {})
     job = {"layouts": layouts, "cases": [asdict(case) for case in cases.values()], "train": False}
-    job |= {"chain": chain, "model": model, **more}
+    job |= {"chain": chain, "model": model, "lengths": lengths, **more}
     (out / "job.json").write_text(json.dumps(job, default=str))
     launch(out, processes=processes)
 
@@ -153,6 +165,27 @@ def seen_by_four(request: pytest.FixtureRequest, cases: dict[str, Case], four: P
 def family_scores(layout_name: str, launched: Callable[[str], Path]) -> list[dict[str, list[torch.Tensor]]]:
     """Log-probs of every family in this layout, as each of two ranks saw them."""
     return [torch.load(launched(layout_name) / f"families_{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="session")
+def lengths_alone(cases: dict[str, Case]) -> SeenLengths:
+    """What one process sees of rows of many lengths."""
+    return observe_lengths(cases["tied"].model, {})
+
+
+@pytest.fixture(scope="session")
+def lengths_seen(launched: Callable[[str], Path], request: pytest.FixtureRequest) -> Callable[[str], list[SeenLengths]]:
+    """What each rank sees of them in a layout."""
+
+    def seen_in(name: str) -> list[SeenLengths]:
+        if name in LENGTHS_OF_FOUR:
+            out, processes = request.getfixturevalue("four"), 4
+        else:
+            group = next(layouts for layouts, lengths in zip(LAUNCHES, LENGTHS, strict=True) if name in lengths)
+            out, processes = launched(next(iter(group))).parent, 2
+        return [torch.load(out / f"lengths_{name}_{rank}.pt", weights_only=False) for rank in range(processes)]
+
+    return seen_in
 
 
 def launch(out: Path, *, processes: int) -> None:

@@ -13,14 +13,15 @@ import torch
 import torch.distributed as dist
 from checkpoint_cases import check_checkpoint, hand_on
 from layout_cases import Case, config_of, observe, sampling_config, score_families
+from length_cases import observe_lengths
 
 from megatron_urlvr.train import main as train
 
 
 def run(job: dict, folder: Path) -> None:
     """`job`: the `parallel` settings of each layout, the cases' files, and the layouts of a chain of checkpoints
-    (`"chain"`) that begins with the model at `"model"`; with `"train"` all that a layout does is looked at, and not the
-    one step alone."""
+    (`"chain"`) that begins with the model at `"model"`, and the layouts that train it on rows of many lengths
+    (`"lengths"`); with `"train"` all that a layout does is looked at, and not the one step alone."""
     torch.set_num_threads(1)
     meetings = count()
     if job["chain"]:
@@ -29,6 +30,10 @@ def run(job: dict, folder: Path) -> None:
             meet(folder, next(meetings))
             found.append(hand_on(Path(job["model"]), folder / "chain", parallel))
         (folder / f"chain_{os.environ['RANK']}.json").write_text(json.dumps(found))
+    for name, parallel in job["lengths"].items():
+        meet(folder, next(meetings))
+        seen = observe_lengths(Path(job["model"]), parallel, padded=not name.endswith("_unpadded"))
+        torch.save(seen, folder / f"lengths_{name}_{os.environ['RANK']}.pt")
     cases = [Case(c["name"], Path(c["model"]), Path(c["recorded"]), c["vocab"]) for c in job["cases"]]
     for name, parallel in job["layouts"].items():
         out = folder / name

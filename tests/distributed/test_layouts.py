@@ -21,8 +21,8 @@ from megatron_urlvr.rollout.replay import rollout_file
 from megatron_urlvr.types import STATISTICS
 
 pytestmark = pytest.mark.timeout(600)  # the first test of a group waits for its processes
-STATISTIC = 5e-6
-"""Absolute, nats."""
+STATISTIC = 1e-5
+"""Absolute, nats. A float32 step of a log-prob near -16 is 1e-6; micro-batches of other sizes add in another order."""
 FAMILY = 1e-4
 """The same, against transformers in float64."""
 REWARD = 1e-5
@@ -122,10 +122,16 @@ def test_mini_batches_hold_the_same_prompts(one: Observed, two: list[Observed]):
         assert sorted(members) == sorted(prompt for seen in replicas for prompt in seen.members[k])
 
 
+def of_any_layout(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics but for those of how work was spread over replicas."""
+    return {name: value for name, value in metrics.items() if not name.startswith("balance/")}
+
+
 def test_losses_and_metrics_of_each_update(one: Observed, two: list[Observed]):
     for seen in two:
         assert len(seen.metrics) == len(one.metrics) == 4
-        for found, expected in zip(seen.metrics, one.metrics, strict=True):
+        for metrics, expected in zip(seen.metrics, one.metrics, strict=True):
+            found = of_any_layout(metrics)
             assert found.keys() == expected.keys()
             for name in expected:
                 assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
@@ -170,11 +176,17 @@ def test_ranks_hold_the_same_weights_after_a_step(one: Observed, two: list[Obser
         assert float((off > 1e-4).float().mean()) < 0.01, name
 
 
-def test_replicas_need_different_numbers_of_micro_batches(layout_name: str, two: list[Observed]):
+def test_replicas_have_rows_for_different_numbers_of_micro_batches_and_compute_as_many(
+    layout_name: str, two: list[Observed]
+):
     if not layout_name.startswith("dp2"):
         assert two[0].microbatches == two[1].microbatches
+        assert all(of_any_layout(metrics) == metrics for seen in two for metrics in seen.metrics)
         return
     assert any(a != b for a, b in zip(two[0].microbatches, two[1].microbatches, strict=True))
+    for metrics in two[0].metrics:
+        assert metrics["balance/before"] > 1.2
+        assert metrics["balance/after"] < 1.05
 
 
 def assert_same_metrics(found: list[dict[str, float]], expected: list[dict[str, float]]):
@@ -187,7 +199,7 @@ def assert_same_metrics(found: list[dict[str, float]], expected: list[dict[str, 
 
 
 def rows_of(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [of_any_layout(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_embedded_engine_samples_the_same_with_weights_gathered_from_any_layout(

@@ -36,7 +36,7 @@ def _check_checkpoint(config: Config, layout: Layout, folder: Path) -> None:
     def make() -> Policy:
         return Policy(config.model, config.parallel, layout, optim=OptimSection(lr=1e-2, ema_decay=0.9))
 
-    policy, loss = make(), _Likelihood()
+    policy, loss = make(), Likelihood()
     for _ in range(3):
         policy.update(rows, loss, lr=1e-2)
     saving = checkpoint.Saving(policy, folder, 3, {"step": 3}, keep=1)
@@ -116,14 +116,16 @@ def hand_on(model: Path, folder: Path, parallel: Mapping[str, Any], *, steps: in
         for row in rows:
             row.weight = torch.full((len(row.response),), 0.05)
         for _ in range(steps):
-            found.append(policy.update(my_share(rows, layout), _Likelihood(), lr=3e-3))
+            found.append(policy.update(my_share(rows, layout), Likelihood(), lr=3e-3))
         ema = policy.score(rows, frozenset({"logp"}), "ema")
         found.append({"ema": float(sum(stats.get("logp").double().sum() for stats in ema))})
         checkpoint.save(policy, folder, done + steps, {"step": done + steps}, keep=9)
     return found
 
 
-class _Likelihood:
+class Likelihood:
+    """The negative log-likelihood of the responses, weighted."""
+
     needs = frozenset({"logp"})
 
     def upstream(self, inputs: Any) -> None:
@@ -137,9 +139,10 @@ class _Likelihood:
 
 
 def _plain_rows(replica: int) -> list[Row]:
-    rows = [Row((1, 2 + replica, 3), [4, 5, 6 + k]) for k in range(3 + replica)]
+    """Longer ones of the second replica, some of which the first one computes."""
+    rows = [Row((1, 2 + replica, 3), [4, 5, 6 + k] * (1 + 4 * replica)) for k in range(3 + replica)]
     for row in rows:
-        row.weight = torch.full((3,), 0.1)
+        row.weight = torch.full((len(row.response),), 0.1)
     return rows
 
 

@@ -86,4 +86,5 @@ def _layout(mpu: Any, rank: int, world_size: int) -> Layout:
         pipeline=mpu.get_pipeline_model_parallel_group(),
         pipeline_ranks=(),
         tensor=mpu.get_tensor_model_parallel_group(),
+        peers=everyone,
     )

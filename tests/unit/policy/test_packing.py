@@ -1,17 +1,35 @@
 """Micro-batches and their packing: what each token may look at is spelled out, whatever the rows."""
 
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_urlvr.policy.batch import PackedBatch, Row, pack, plan_microbatches
+from megatron_urlvr.policy import batch as module
+from megatron_urlvr.policy.batch import (
+    PackedBatch,
+    Row,
+    fewer_microbatches,
+    level_microbatches,
+    pack,
+    plan_microbatches,
+)
 
 STEADY = settings(deadline=None, derandomize=True, database=None)
 TOKEN = st.integers(1, 9)
 PROMPTS = st.lists(st.lists(TOKEN, min_size=1, max_size=6).map(tuple), min_size=1, max_size=4)
+
+
+@pytest.fixture(scope="module", autouse=True, params=[module.SHORT, 1], ids=["one table", "tables by length"])
+def short(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Segments of these few tokens are attended to together, and apart by length as long ones are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SHORT", request.param)
+        yield
 
 
 @st.composite
@@ -45,6 +63,46 @@ def test_every_row_is_planned_once_and_within_the_budget(rows: list[Row], budget
 def test_a_budget_for_all_rows_makes_one_microbatch(rows: list[Row], share_prefix: bool):
     budget = tokens_needed(rows, share_prefix=share_prefix)
     assert len(plan_microbatches(rows, max_tokens=budget, share_prefix=share_prefix)) == 1
+
+
+@settings(STEADY, max_examples=100)
+@given(some_rows(), st.integers(1, 40), st.integers(0, 3), st.booleans())
+def test_levelled_micro_batches_hold_the_same_rows_and_none_is_longer(
+    rows: list[Row], budget: int, empty: int, share_prefix: bool
+):
+    plan = plan_microbatches(rows, max_tokens=budget, share_prefix=share_prefix) + [[] for _ in range(empty)]
+    found = level_microbatches(rows, plan, share_prefix=share_prefix)
+    assert sorted(i for part in found for i in part) == list(range(len(rows)))
+    assert len(found) == len(plan)
+
+    def longest(parts: list[list[int]]) -> int:
+        return max((tokens_needed([rows[i] for i in part], share_prefix=share_prefix) for part in parts), default=0)
+
+    assert longest(found) <= longest(plan)
+    fewer = fewer_microbatches(rows, plan, share_prefix=share_prefix)
+    assert sorted(i for part in fewer for i in part) == list(range(len(rows)))
+    assert longest(fewer) <= longest(found)
+    assert len(fewer) <= max(len(plan), 1)
+
+
+def test_rows_fill_up_to_one_that_is_longer_than_the_budget():
+    rows = [Row((1,), range(100)), *(Row((2 + i,), range(30)) for i in range(6))]
+    plan = plan_microbatches(rows, max_tokens=60, share_prefix=False)
+    assert len(plan) == 4
+    assert sorted(map(len, fewer_microbatches(rows, plan, share_prefix=False))) == [1, 3, 3]
+
+
+def test_levelling_leaves_a_pipeline_little_padding():
+    """Responses of many lengths, each with a prompt of its own, in micro-batches of up to a thousand tokens."""
+    rows = [Row((i,), range(30 + (i * 37) % 500)) for i in range(64)]
+    plan = plan_microbatches(rows, max_tokens=1000, share_prefix=False)
+
+    def used(parts: list[list[int]]) -> float:
+        tokens = [tokens_needed([rows[i] for i in part], share_prefix=False) for part in parts]
+        return sum(tokens) / (len(tokens) * max(tokens))
+
+    assert used(plan) < 0.9
+    assert used(level_microbatches(rows, plan, share_prefix=False)) > 0.97
 
 
 def attended(batch: PackedBatch, packed_row: int) -> list[int]:

@@ -54,6 +54,15 @@ def test_statistics_follow_the_rows_order_with_prompts_interleaved(make_policy, 
         assert_like_transformers(policy.score(shuffled, STATISTICS), shuffled, folders["untied"])
 
 
+@pytest.mark.parametrize("share_prefix", [True, False], ids=["shared prefixes", "whole sequences"])
+def test_long_responses_beside_short_ones(make_policy, folders, share_prefix: bool):
+    rows = random_rows(10, vocab=VOCAB, seed=6, longest=110)
+    assert min(len(row.response) for row in rows) < 20
+    assert max(len(row.response) for row in rows) > 90
+    policy = make_policy(parallel={"share_prefix": share_prefix})
+    assert_like_transformers(policy.score(rows, STATISTICS), rows, folders["untied"])
+
+
 def test_equal_rows_get_equal_statistics(make_policy, folders):
     row = Row((3, 1, 4), [1, 5, 9, 2])
     rows = [row, Row((3, 1), [4, 1, 5, 9, 2]), row, Row((3, 1, 4), [1, 5, 9])]
