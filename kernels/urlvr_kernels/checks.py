@@ -7,7 +7,7 @@ without waiting for it: `torch._assert_async` makes the process fail with the sa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -37,6 +37,7 @@ def check_outputs(
     _require(
         not isinstance(outputs, str), f"outputs: {outputs!r} is one string; pass a sequence of names, ({outputs!r},)."
     )
+    _require(isinstance(outputs, Iterable), f"outputs: a {type(outputs).__name__}; pass a sequence of names.")
     names = tuple(outputs)
     unknown = [name for name in names if name not in OUTPUTS]
     _require(not unknown, f"outputs: {unknown} are unknown; choose among {', '.join(OUTPUTS)}.")
@@ -44,6 +45,10 @@ def check_outputs(
     _require(len(set(names)) == len(names), f"outputs: {names} names a statistic twice; name each once.")
     _require(
         target is not None or "logp" not in names, "target: missing, and outputs asks for logp; pass target ids [T]."
+    )
+    _require(
+        upstream is None or isinstance(upstream, Mapping),
+        f"upstream: a {type(upstream).__name__}; pass {{name of a statistic: gradients [T]}}.",
     )
     for name in upstream or ():
         _require(
@@ -96,6 +101,8 @@ def check_head(hidden: torch.Tensor, weight: torch.Tensor, wgrad: str, stash_byt
         f"weight: shape {tuple(weight.shape)}; its rows must be as wide as those of hidden, {hidden.shape[1]}.",
     )
     _require(hidden.shape[1] > 0, "hidden: width 0; it must have at least one column.")
+    for name, value in (("stash_bytes", stash_bytes), ("workspace_bytes", workspace_bytes)):
+        _require(isinstance(value, int), f"{name}: {value!r}; it must be a whole number of bytes.")
     _require(stash_bytes >= 0, f"stash_bytes: {stash_bytes}; it must be 0 (recompute everything) or more.")
     _require(workspace_bytes > 0, f"workspace_bytes: {workspace_bytes}; it must be positive.")
     _require(wgrad in ("autograd", "main_grad"), f"wgrad: {wgrad!r}; choose autograd or main_grad.")
@@ -205,6 +212,12 @@ def resolve_temperature(
     temperature: float | torch.Tensor, rows: int, wide: torch.dtype, like_name: str, like: torch.Tensor
 ) -> torch.Tensor | float | None:
     """Inverse temperature: None for 1, a number, or `[R]` in the wide type."""
+    _require(
+        isinstance(temperature, (int, float, torch.Tensor)),
+        f"temperature: a {type(temperature).__name__}; pass a number, or a tensor [{rows}].",
+    )
+    if isinstance(temperature, torch.Tensor) and temperature.dim() == 0 and not on_cpu(temperature):
+        temperature = temperature.expand(rows)  # its value is not looked at
     if isinstance(temperature, torch.Tensor) and temperature.dim() > 0:
         check_rows("temperature", temperature, rows, like_name, like)
         _require(temperature.is_floating_point(), f"temperature: dtype {temperature.dtype}; it must be a float type.")

@@ -114,6 +114,9 @@ def run_all(rank: int, size: int, folder: str) -> None:
     cuts = {2: [0, 29, 53], 3: [0, 11, 40, 53]}[size]
     check_head(rank, size, group, cuts, vocab_size=53)
     check_head(rank, size, group, cuts, vocab_size=cuts[-2] - 2)  # the last shard is padding alone
+    # Rows of logits with room between them; a first shard that is wider than an equal share, as padding makes it.
+    wide = {2: [0, 320, 600], 3: [0, 300, 330, 600]}[size]
+    check_head(rank, size, group, wide, vocab_size=600)
     check_rows_and_bits(rank, size, group)
     check_logits(rank, size, group, cuts)
     dist.destroy_process_group()

@@ -112,12 +112,13 @@ def test_the_gpu_path_waits_for_nothing_and_keeps_its_types(form, logits_dtype):
         assert (grad_weight.shape, grad_weight.dtype) == (weight.shape, torch.bfloat16)
 
 
-def test_logits_stats_waits_for_nothing():
+@pytest.mark.parametrize("temperatures", [(), (7,)], ids=["one temperature", "one a row"])
+def test_logits_stats_waits_for_nothing(temperatures):
     with torch.no_grad(), mock.patch.object(api, "choose_ops", return_value=NoKernels()):
         logits = torch.empty(7, 50304, device="meta", dtype=torch.bfloat16)
         target = torch.zeros(7, device="meta", dtype=torch.int64)
         stats = logits_stats(
-            logits, target, temperature=torch.ones(7, device="meta"), vocab_size=50257, outputs=OUTPUTS
+            logits, target, temperature=torch.ones(temperatures, device="meta"), vocab_size=50257, outputs=OUTPUTS
         )
         assert stats.argmax.dtype == torch.int64
 
