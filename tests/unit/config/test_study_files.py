@@ -13,7 +13,7 @@ from megatron_urlvr.config.study import StudyConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 STUDIES = sorted((CONFIGS / "studies").glob("*.yaml"))
-STUDIES = [path for path in STUDIES if "bases:" in path.read_text()]
+STUDIES = [path for path in STUDIES if "bases:" in path.read_text() or "grid:" in path.read_text()]
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
