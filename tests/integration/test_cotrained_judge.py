@@ -6,9 +6,13 @@ import json
 import signal
 
 import pytest
+from fake_models import DiceModel
+from fake_sglang import FakeServer
 from small_runs import assert_same_run, at_step, rows, send, weights
 
 from megatron_urlvr.rollout.records import read_groups
+from megatron_urlvr.rollout.replay import rollout_file
+from megatron_urlvr.types import samples_of
 
 JUDGE = {
     "name": "judge",
@@ -63,6 +67,25 @@ def test_a_run_goes_on_after_a_signal_and_is_replayed_as_if_it_had_sampled(urlvr
     taken, expected = (weights(tmp_path / run, 3) for run in ("again", "whole"))
     for name in taken:  # the replay evaluates nothing, and builds no model to sample from, which draws random numbers
         assert taken[name] == expected[name] or name.startswith(("rng", "trainer.json"))
+
+
+def test_verdicts_on_responses_that_were_generated_ahead_are_the_newest_weights_own(urlvr, config, base, tmp_path):
+    vocab = json.loads((base / "config.json").read_text())["vocab_size"]
+    server = FakeServer(DiceModel(vocab), vocab_size=vocab, pace=lambda: 0.005)
+    ahead = ["rollout.engine=sglang", f"servers.pools.policy.urls=[{server.url}]", "servers.wait_s=30"]
+    ahead += ["servers.transport=disk", "rollout.max_staleness=1", "algorithm.correction.old_logp=rollout"]
+    try:
+        outcome = urlvr("train", config, *setting(), *ahead, "run.steps=4", "eval.every=0", "rollout.record=true")
+    finally:
+        server.stop()
+    assert outcome.code == 0, outcome.err
+    assert sum(row["lesson/judge/per_prompt"] for row in rows(tmp_path / "run")[1:]) > 0
+    ages = set()
+    for step in range(1, 5):
+        groups = read_groups(rollout_file(tmp_path / "run", step))
+        ages |= {step - 1 - sample.oldest for sample in samples_of(groups)}
+        assert {sample.oldest for group in groups for sample in samples_of(group.beside)} == {step - 1}
+    assert ages <= {0, 1}  # how many are older depends on who is faster
 
 
 @pytest.mark.parametrize(
