@@ -1,38 +1,43 @@
 """Convert a random 2 GB model there and back: peak memory against the largest file, time against copying the files.
 
-    python examples/benchmarks/convert.py [--folder DIR] [--gigabytes 2]
+    python examples/benchmarks/convert.py [--folder DIR] [--gigabytes 2] [--rounds 3]
 
-Each direction runs in a process of its own. `resident` is the largest resident set of that process, mapped pages of
-input files included; `start` is what it was with everything imported. Seconds are of the conversion, without imports,
-up to data written to the page cache, as the copy's are.
+The contenders take turns; ratios are of the same round. `copy` is `shutil.copytree`, which copies inside the kernel;
+`read, write, fsync` reads into memory, writes, and waits for the disk. Each direction runs in a process of its own, in
+one thread. `resident` is the largest resident set of that process, mapped pages of files included; `start` is what it
+was with everything imported. Seconds are of the conversion, without imports, up to data written to the page cache, as
+the copy's are; before each all is on the disk, and what is read is in the page cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from megatron_urlvr.policy.hf.families import family_of, rules_for, shape_of
-from megatron_urlvr.policy.hf.folder import INDEX, write_tensors
+from megatron_urlvr.policy.hf.folder import INDEX, write_folder
 from megatron_urlvr.policy.hf.rules import expected_shape
 
 CHILD = """
-import json, resource, sys, time
+import json, re, sys, time
 from pathlib import Path
 import torch
 from megatron_urlvr.policy.convert import to_hf, to_megatron
 torch.set_num_threads(1)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+# Not getrusage: after an exec it still counts what the parent held at the fork.
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
 way, source, target = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 before, started = peak(), time.perf_counter()
 to_megatron(source, target) if way == "to_megatron" else to_hf(source, target, model=source, max_shard_bytes=SHARD)
@@ -54,27 +59,11 @@ def config(gigabytes: float) -> dict[str, object]:
 
 def write_model(folder: Path, hf: dict[str, object]) -> None:
     """Random weights, in files of at most SHARD bytes."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(hf))
     shape = shape_of(hf, tp=1)
     table = rules_for(family_of(hf, str(folder)), int(str(hf["num_hidden_layers"])), tied=False)
-    names = [name for rule, _ in table for name in rule.hf]
-    files: list[list[str]] = [[]]
-    held = 0
-    for name in names:
-        size = 2 * torch.Size(expected_shape(name, shape)).numel()
-        if held + size > SHARD:
-            files.append([])
-            held = 0
-        files[-1].append(name)
-        held += size
-    weight_map = {}
-    for i, members in enumerate(files):
-        file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        described = [(n, torch.empty(expected_shape(n, shape), dtype=torch.bfloat16, device="meta")) for n in members]
-        write_tensors(folder / file, described, (torch.randn(t.shape).to(t.dtype) for _, t in described))
-        weight_map |= dict.fromkeys(members, file)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    names = (name for rule, _ in table for name in rule.hf)
+    tensors = ((name, torch.randn(expected_shape(name, shape)).bfloat16()) for name in names)
+    write_folder(folder, tensors, config=hf, tokenizer_from=None, max_shard_bytes=SHARD)
 
 
 def converted(way: str, source: Path, target: Path) -> dict[str, float]:
@@ -87,11 +76,30 @@ def converted(way: str, source: Path, target: Path) -> dict[str, float]:
     return found
 
 
-def copied(source: Path, target: Path) -> float:
-    """Seconds to copy a folder's files."""
-    started = time.perf_counter()
+def copied(source: Path, target: Path) -> None:
+    """Copy a folder's files, as fast as the kernel can."""
     shutil.copytree(source, target)
-    return time.perf_counter() - started
+
+
+def read_and_written(source: Path, target: Path) -> None:
+    """Copy a folder's files through memory, to the disk."""
+    target.mkdir()
+    buffer = memoryview(bytearray(256 << 10))
+    for file in source.iterdir():
+        with open(file, "rb", buffering=0) as reading, open(target / file.name, "wb", buffering=0) as writing:
+            while done := reading.readinto(buffer):
+                writing.write(buffer[:done])
+            os.fsync(writing.fileno())
+
+
+def timed(copy: Callable[[Path, Path], None], root: Path) -> float:
+    """Seconds that a way to copy takes."""
+    os.sync()
+    started = time.perf_counter()
+    copy(root / "hf", root / "copy")
+    seconds = time.perf_counter() - started
+    shutil.rmtree(root / "copy")
+    return seconds
 
 
 def bits(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -106,20 +114,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder without it")
     parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         root = Path(name)
         write_model(root / "hf", config(arguments.gigabytes))
         files = [file.stat().st_size for file in (root / "hf").glob("*.safetensors")]
         print(f"{sum(files) / 1e9:.2f} GB in {len(files)} files, the largest {max(files) / 1e9:.2f} GB")
-        seconds = copied(root / "hf", root / "copy")
-        shutil.rmtree(root / "copy")
-        print(f"copying the files: {seconds:.1f} s")
-        for way, source, target in (("to_megatron", "hf", "megatron"), ("to_hf", "megatron", "back")):
-            found = converted(way, root / source, root / target)
+        seconds: dict[str, list[float]] = {}
+        for _ in range(arguments.rounds):
+            for way in ("megatron", "back"):
+                shutil.rmtree(root / way, ignore_errors=True)
+            seconds.setdefault("copy", []).append(timed(copied, root))
+            for way, source, target in (("to_megatron", "hf", "megatron"), ("to_hf", "megatron", "back")):
+                os.sync()
+                found = converted(way, root / source, root / target)
+                seconds.setdefault(way, []).append(found["seconds"])
+                print(
+                    f"{way}: {found['seconds']:.2f} s, resident {found['resident']:.2f} GB at most"
+                    f" ({found['start']:.2f} GB of it at the start)"
+                )
+            seconds.setdefault("read, write, fsync", []).append(timed(read_and_written, root))
+        for name, all_seconds in seconds.items():
+            ratios = sorted(one / base for one, base in zip(all_seconds, seconds["copy"], strict=True))
             print(
-                f"{way}: {found['seconds']:.1f} s ({found['seconds'] / seconds:.2f} x copying), resident"
-                f" {found['resident']:.2f} GB at most ({found['start']:.2f} GB of it at the start)"
+                f"{name}: median {statistics.median(all_seconds):.2f} s, {statistics.median(ratios):.2f} x copy"
+                f" ({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} rounds)"
             )
         same = all(
             a[0] == b[0] and torch.equal(a[1], b[1])

@@ -11,7 +11,8 @@ from .outputs import make_folder
 
 def convert(source: Path, target: Path, *, model: Path | None, max_shard_gb: float) -> str:
     """Convert `source` to the other format as `target`; returns a sentence. UnusableInput when it cannot be done."""
-    from megatron_urlvr.policy.convert import METADATA, to_hf, to_megatron
+    from megatron_urlvr.policy.convert import to_hf, to_megatron
+    from megatron_urlvr.policy.torch_dist import METADATA
 
     if not source.is_dir():
         raise UnusableInput(f"{source}: no such folder; give a Hugging Face folder or a Megatron checkpoint")

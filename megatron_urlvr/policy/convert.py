@@ -1,19 +1,18 @@
-"""Hugging Face folders to Megatron's distributed checkpoints and back, one parameter at a time.
+"""Hugging Face folders to Megatron's distributed checkpoints and back: rows of tensors, put into another order.
 
-    safetensors ─► rule.merge ─► one chunk of a `torch_dist` checkpoint, any layout reads it
-    chunks of any layout's checkpoint ─► the whole parameter ─► rule.split ─► safetensors with an index
+    safetensors ─► rows, in the order of rule.merge ─► one chunk of a `torch_dist` checkpoint, any layout reads it
+    chunks of any layout's checkpoint ─► rows, in the order of rule.split ─► safetensors with an index
 
-Nothing but the parameter at hand is in memory. Ranks (torchrun) share the files among them; bits and types are kept.
+The kernel copies the rows from file to file. Only what a checkpoint holds in columns (tensor parallel) is put together
+in memory, a parameter at a time. Ranks (torchrun) share the files among them; bits and types are kept.
 Megatron stores a parameter of all layers under one key, stacked: `decoder.layers.mlp.linear_fc2.weight`,
 `[layers, ...]`, experts stacked once more behind the layers.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,23 +23,15 @@ from typing import IO, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from ..distributed.layout import gather_json
-from ..exit_codes import UnusableInput
+from ..exit_codes import DISK_FULL, UnusableInput
 from .hf.families import TRANSFORMER_ENGINE_NAMES, family_of, rules_for, shape_of
-from .hf.folder import INDEX, SINGLE, TOKENIZER_FILES, TensorFolder, read_config, write_tensors
+from .hf.folder import INDEX, SINGLE, TOKENIZER_FILES, TYPES, TensorFolder, header_of, read_config
 from .hf.rules import Rule, Shape, expected_shape
-from .integrity import index_problem
+from .rows import Copier, Rows, numbered
+from .torch_dist import Checkpoint, Chunk, write_archive, write_index
 
-METADATA = ".metadata"
 _PLACES = re.compile(r"(?<=layers\.)(\d+)\.|(?<=local_experts\.)(\d+)\.")
 
 
@@ -70,8 +61,9 @@ def places(hf: Mapping[str, Any], folder: str, *, vocab_multiple: int = 1) -> li
         for plain, fused in TRANSFORMER_ENGINE_NAMES.items():
             if key == f"decoder.layers.{plain}" and not (family.experts and plain.startswith("pre_mlp")):
                 key = f"decoder.layers.{fused}"
-        parts = [torch.empty(expected_shape(name, shape), device="meta") for name in rule.hf]
-        size = tuple(rule.merge(parts, shape).shape)
+        parts = [expected_shape(name, shape) for name in rule.hf]
+        rows = rule.merge([numbered(part, 1) for part in parts], shape).shape[0]
+        size = (rows, *parts[0][1:])
         found.append(Place(rule, key, at, (layers, shape.experts)[: len(at)], size))
     return found
 
@@ -95,60 +87,58 @@ def to_megatron(source: Path, target: Path, *, vocab_multiple: int = 128) -> Non
         raise UnusableInput(f"model.path = {source}: tensor {missing[0]} is missing (and {len(missing) - 1} more)")
     with _written(target) as (temporary, rank, size):
         name = f"__{rank}_0.distcp"
-        records = []
-        with open(temporary / name, "wb") as file:
-            for place in _share(table, rank, size):
-                parts = [folder.read(each, expected_shape(each, shape)) for each in place.rule.hf]
-                if len(types := {part.dtype for part in parts}) > 1:
-                    raise UnusableInput(f"model.path = {source}: {' and '.join(place.rule.hf)} differ in type: {types}")
-                tensor = place.rule.merge(parts, shape).contiguous()
-                start = file.tell()
-                # Views would be stored with all that they are views of.
-                whole = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-                _save(whole.view(*(1 for _ in place.at), *whole.shape), file)
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                records.append([place.key, list(place.at), dtype, start, file.tell() - start, name])
-        everything = [record for part in _gathered(records, size) for record in part]
+        with open(temporary / name, "x+b") as file, Copier(file) as copier:
+            written = [_write_chunk(place, folder, shape, file, copier) for place in _share(table, rank, size)]
+        everything = [(*record, by) for by, part in enumerate(_gathered(written, size)) for record in part]
         if rank == 0:
-            by_place = {(place.key, place.at): place for place in table}
-            _write_index(temporary, [(by_place[key, tuple(at)], *rest) for key, at, *rest in everything])
+            write_index(temporary, _indexed(table, everything))
             _copy_beside(source, temporary)
 
 
-def _save(tensor: torch.Tensor, file: IO[bytes]) -> None:
-    """`torch.save` without the ZIP format's checksums, which take most of its time and which torch does not read."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save(tensor, file)
-    finally:
-        torch.serialization.set_crc32_options(before)
+def _write_chunk(
+    place: Place, folder: TensorFolder, shape: Shape, file: IO[bytes], copier: Copier
+) -> tuple[str, int, int]:
+    """Write one parameter as a chunk; returns its type, where it begins in the file, and its length.
+
+    UnusableInput when the tensors that it is made of are not as expected, or differ in type.
+    """
+    parts = [folder.locate(each, expected_shape(each, shape)) for each in place.rule.hf]
+    if len(types := sorted({_name(part.dtype) for part in parts})) > 1:
+        raise UnusableInput(f"{parts[0].file}: {' and '.join(place.rule.hf)} differ in type: {', '.join(types)}")
+    dtype, start = parts[0].dtype, file.tell()
+    at, length = write_archive(file, (*(1 for _ in place.at), *place.shape), dtype)
+    held, numbers, first = [], [], 1
+    for part in parts:
+        held.append(Rows(first, part.shape[0], part.file, part.at))
+        numbers.append(numbered(part.shape, first))
+        first += part.shape[0]
+    copier.copy(place.rule.merge(numbers, shape), held, _row_bytes(place.shape, dtype), at)
+    return _name(dtype), start, length
 
 
-def _write_index(folder: Path, records: Sequence[tuple[Place, str, int, int, str]]) -> None:
-    """What Megatron and torch read first: which chunk of which tensor lies where. UnusableInput for mixed types."""
-    tensors: dict[str, TensorStorageMetadata] = {}
-    storage: dict[MetadataIndex, _StorageInfo] = {}
-    for place, dtype_name, start, length, file in records:
-        dtype = getattr(torch, dtype_name)
-        offsets = torch.Size((*place.at, *(0 for _ in place.shape)))
-        sizes = torch.Size((*(1 for _ in place.at), *place.shape))
-        entry = tensors.setdefault(
-            place.key,
-            TensorStorageMetadata(TensorProperties(dtype), torch.Size((*place.stacked, *place.shape)), []),
-        )
-        if entry.properties.dtype != dtype:
+def _indexed(
+    table: Sequence[Place], written: Sequence[tuple[str, int, int, int]]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype, list[Chunk]]]:
+    """What an index holds. `written`: of each place its type, start, length and rank. UnusableInput for mixed types."""
+    found: dict[str, tuple[tuple[int, ...], torch.dtype, list[Chunk]]] = {}
+    for place, (name, start, length, rank) in zip(table, written, strict=True):
+        _, dtype, chunks = found.setdefault(place.key, ((*place.stacked, *place.shape), getattr(torch, name), []))
+        if _name(dtype) != name:
             raise UnusableInput(
-                f"tensor {place.rule.hf[0]} is {dtype_name}, but those of the layers before it are"
-                f" {str(entry.properties.dtype).removeprefix('torch.')}: Megatron stores all layers as one tensor"
+                f"tensor {place.rule.hf[0]} is {name}, but those of the layers before it are {_name(dtype)}: Megatron"
+                " stores all layers as one tensor"
             )
-        entry.chunks.append(ChunkStorageMetadata(offsets, sizes))
-        storage[MetadataIndex(place.key, offsets)] = _StorageInfo(file, start, length)
-    (folder / METADATA).write_bytes(pickle.dumps(Metadata(dict(tensors), storage_data=storage)))
-    backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    backends |= {"common_backend": "torch", "common_backend_version": 1}
-    (folder / "metadata.json").write_text(json.dumps(backends))
-    torch.save({}, folder / "common.pt")
+        offsets, sizes = (*place.at, *(0 for _ in place.shape)), (*(1 for _ in place.at), *place.shape)
+        chunks.append(Chunk(offsets, sizes, f"__{rank}_0.distcp", start, length))
+    return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _row_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return torch.Size(shape[1:]).numel() * dtype.itemsize
 
 
 # -- Megatron to Hugging Face -----------------------------------------------------------------------------------------
@@ -162,118 +152,82 @@ def to_hf(source: Path, target: Path, *, model: Path, max_shard_bytes: int = 4 <
     """
     hf = read_config(model)
     table = places(hf, str(model))
-    if problem := index_problem(source):
-        raise UnusableInput(f"{source}: {problem}")
-    index: Metadata = pickle.loads((source / METADATA).read_bytes())
-    _check_keys(source, table, index)
-    chunks: dict[str, list[tuple[torch.Size, torch.Size]]] = {}
-    for key in {place.key for place in table}:
-        entry = index.state_dict_metadata[key]
-        assert isinstance(entry, TensorStorageMetadata)
-        chunks[key] = [(chunk.offsets, chunk.sizes) for chunk in entry.chunks]
+    checkpoint = Checkpoint(source)
+    _check_keys(checkpoint, table)
     shape = shape_of(hf, tp=1)
-    files = _files(table, index, shape, max_shard_bytes)
+    described = [(place, _described(place, checkpoint, shape)) for place in table]
+    files = _files(described, max_shard_bytes)
     with _written(target) as (temporary, rank, size):
         for name, members in list(files.items())[rank::size]:
-            described = _described(members, index, shape)
-            write_tensors(temporary / name, described, _tensors(source, members, index, chunks, shape))
+            _write_file(temporary / name, members, checkpoint, shape)
         _gathered(None, size)
         if rank == 0:
             if len(files) > 1:
-                sizes = [place_bytes(place, index, shape) for place in table]
-                weight_map = {
-                    hf_name: name for name, members in files.items() for p in members for hf_name in p.rule.hf
-                }
-                (temporary / INDEX).write_text(
-                    json.dumps({"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}, indent=2)
-                )
+                total = sum(tensor.nbytes for _, tensors in described for _, tensor in tensors)
+                weight_map = {each: name for name, part in files.items() for _, tensors in part for each, _ in tensors}
+                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+                (temporary / INDEX).write_text(json.dumps(index, indent=2))
             _copy_beside(model, temporary)
 
 
-def _check_keys(source: Path, table: Sequence[Place], index: Metadata) -> None:
-    """UnusableInput for what a checkpoint lacks, holds besides its model, or holds in another shape."""
-    held = {key: tuple(e.size) for key, e in index.state_dict_metadata.items() if isinstance(e, TensorStorageMetadata)}
+def _check_keys(checkpoint: Checkpoint, table: Sequence[Place]) -> None:
+    """UnusableInput for what a checkpoint lacks, holds besides its model, or holds in another shape or type."""
+    source, shapes = checkpoint.folder, checkpoint.shapes
     for place in table:
-        if place.key not in held:
+        if place.key not in shapes:
             raise UnusableInput(f"{source}: tensor {place.key}, of which {place.rule.hf[0]} is made, is missing")
     known = {place.key for place in table}
-    for key in held:
+    for key in shapes:
         if key not in known and not key.startswith(("optimizer.", "ema.")):
             raise UnusableInput(f"{source}: unexpected tensor {key}; the model of config.json has none of that name")
     for place in table:
-        wanted, found = (*place.stacked, *place.shape), held[place.key]
+        wanted, found = (*place.stacked, *place.shape), shapes[place.key]
         padded = place.rule.shard == "vocab" and found[0] >= wanted[0] and found[1:] == wanted[1:]
         if found != wanted and not padded:
             raise UnusableInput(f"{source}: tensor {place.key} has shape {found}, expected {wanted}")
+        if (dtype := checkpoint.dtypes[place.key]) not in TYPES.values():
+            supported = ", ".join(map(_name, TYPES.values()))
+            raise UnusableInput(f"{source}: tensor {place.key} is {_name(dtype)}; supported: {supported}")
 
 
-def _files(table: Sequence[Place], index: Metadata, shape: Shape, limit: int) -> dict[str, list[Place]]:
+Described = tuple[Place, list[tuple[str, torch.Tensor]]]
+"""A parameter, and the names of what becomes of it, with tensors without values: shapes and types."""
+
+
+def _described(place: Place, checkpoint: Checkpoint, shape: Shape) -> list[tuple[str, torch.Tensor]]:
+    dtype = checkpoint.dtypes[place.key]
+    return [(name, torch.empty(expected_shape(name, shape), dtype=dtype, device="meta")) for name in place.rule.hf]
+
+
+def _files(described: Sequence[Described], limit: int) -> dict[str, list[Described]]:
     """The safetensors files to write, with what goes into each."""
-    parts: list[list[Place]] = []
+    parts: list[list[Described]] = []
     held = limit + 1
-    for place in table:
-        size = place_bytes(place, index, shape)
+    for place, tensors in described:
+        size = sum(tensor.nbytes for _, tensor in tensors)
         if held + size > limit:
             parts.append([])
             held = 0
-        parts[-1].append(place)
+        parts[-1].append((place, tensors))
         held += size
     if len(parts) == 1:
         return {SINGLE: parts[0]}
     return {f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts)}
 
 
-def place_bytes(place: Place, index: Metadata, shape: Shape) -> int:
-    """Bytes of a parameter's Hugging Face tensors."""
-    return sum(tensor.nbytes for _, tensor in _described([place], index, shape))
-
-
-def _described(members: Sequence[Place], index: Metadata, shape: Shape) -> list[tuple[str, torch.Tensor]]:
-    """(name, meta tensor) of what `members` become."""
-    found = []
-    for place in members:
-        entry = index.state_dict_metadata[place.key]
-        assert isinstance(entry, TensorStorageMetadata)
-        for name in place.rule.hf:
-            size = expected_shape(name, shape)
-            found.append((name, torch.empty(size, dtype=entry.properties.dtype, device="meta")))
-    return found
-
-
-def _tensors(
-    source: Path,
-    members: Sequence[Place],
-    index: Metadata,
-    chunks: Mapping[str, Sequence[tuple[torch.Size, torch.Size]]],
-    shape: Shape,
-) -> Iterator[torch.Tensor]:
-    """The Hugging Face tensors of `members`, one parameter at a time, from all chunks that hold a part of it."""
-    for place in members:
-        entry = index.state_dict_metadata[place.key]
-        assert isinstance(entry, TensorStorageMetadata)
-        lead = len(place.at)
-        whole = None
-        for offsets, sizes in chunks[place.key]:
-            if tuple(offsets[:lead]) != place.at:
-                continue
-            part = _read_chunk(source, index.storage_data[MetadataIndex(place.key, offsets)]).view(sizes[lead:])
-            if tuple(part.shape) == tuple(entry.size[lead:]):
-                whole = part
-                break
-            if whole is None:
-                whole = torch.empty(entry.size[lead:], dtype=part.dtype)
-            where = tuple(slice(o, o + n) for o, n in zip(offsets[lead:], sizes[lead:], strict=True))
-            whole[where] = part
-        if whole is None:
-            raise UnusableInput(f"{source}: tensor {place.key} lacks the part that {place.rule.hf[0]} is made of")
-        yield from place.rule.split(whole, shape)
-
-
-def _read_chunk(source: Path, info: _StorageInfo) -> torch.Tensor:
-    with open(source / info.relative_path, "rb") as file:
-        file.seek(info.offset)
-        tensor: torch.Tensor = torch.load(io.BytesIO(file.read(info.length)), weights_only=True, map_location="cpu")
-    return tensor
+def _write_file(path: Path, members: Sequence[Described], checkpoint: Checkpoint, shape: Shape) -> None:
+    """Write one safetensors file, parameter by parameter."""
+    header, places_in_file = header_of([each for _, tensors in members for each in tensors])
+    offsets = iter(places_in_file)
+    with open(path, "xb") as file, Copier(file) as copier:
+        file.write(header)
+        file.flush()
+        for place, _ in members:
+            held = checkpoint.entry(place.key, place.at)
+            whole = checkpoint.shapes[place.key][len(place.at) :]
+            row_bytes = _row_bytes(whole, checkpoint.dtypes[place.key])
+            for numbers in place.rule.split(numbered(whole, 1), shape):
+                copier.copy(numbers, held, row_bytes, next(offsets))
 
 
 # -- both ways --------------------------------------------------------------------------------------------------------
@@ -304,26 +258,50 @@ def _written(target: Path) -> Iterator[tuple[Path, int, int]]:
     UnusableInput when `target` is there already, and on every rank what any one of them fails with.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    temporary = target.with_name(f".{target.name}.writing")
-    if target.exists():
+    if _is_there(target):
         raise UnusableInput(f"{target} is there already: choose another folder, or remove it")
+    temporary = target.with_name(f".{target.name}.writing")
     with met():
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        _gathered(None, size)
         try:
+            if rank == 0:
+                _make_anew(temporary, target)
+            _gathered(None, size)
             yield temporary, rank, size
             _gathered(None, size)
-        except _Told:
-            raise
         except (UnusableInput, OSError) as error:
-            if size > 1:  # the others wait for this rank at their next meeting
-                _gathered(None, size, problem=str(error))
-            raise
+            try:
+                if size > 1 and not isinstance(error, _Told):  # the others wait for this rank at their next meeting
+                    _gathered(None, size, problem=str(error))
+                raise
+            finally:
+                if rank == 0:
+                    shutil.rmtree(temporary, ignore_errors=True)
         if rank == 0:
             os.replace(temporary, target)
         _gathered(None, size)
+
+
+def _is_there(target: Path) -> bool:
+    try:
+        return target.exists()
+    except OSError as error:
+        raise _not_writable(target, error) from None
+
+
+def _make_anew(temporary: Path, target: Path) -> None:
+    """An empty folder. UnusableInput when the place of `target` lets nobody make one; a full disk is an OSError."""
+    try:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise _not_writable(target, error) from None
+
+
+def _not_writable(target: Path, error: OSError) -> UnusableInput:
+    return UnusableInput(f"{target} cannot be written: {error.strerror}; choose another folder")
 
 
 class _Told(UnusableInput):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,9 @@ SIZES = (
 )
 """What a config.json must give as whole numbers."""
 
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "num_experts", "num_local_experts")
+"""The same, where it gives them."""
+
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "use_sliding_window": (False,),
@@ -102,18 +105,20 @@ TRANSFORMER_ENGINE_NAMES: Mapping[str, str] = {
 
 def family_of(hf_config: Mapping[str, Any], folder: str) -> Family:
     """The family of a config.json; UnusableInput names the folder, what was found and what is supported."""
-    names = hf_config.get("architectures") or ["(none)"]
-    family = FAMILIES.get(names[0])
+    names = hf_config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names or "(none)"
+    family = FAMILIES.get(name) if isinstance(name, str) and isinstance(names, list) else None
     if family is None:
         raise UnusableInput(
-            f"model.path = {folder}: architecture {names[0]!r} is not supported; supported: {', '.join(FAMILIES)}"
+            f"model.path = {folder}: architecture {name!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
     sizes = (*SIZES, *EXPERT_SIZES) if family.experts else SIZES
-    missing = [name for name in sizes if not isinstance(hf_config.get(name), int)]
+    missing = [name for name in sizes if hf_config.get(name) is None]
     if family.experts and not experts_of(hf_config):
         missing.append("num_experts")
     if missing:
         raise UnusableInput(f"model.path = {folder}: its config.json does not say {', '.join(missing)}")
+    _refuse_nonsense(hf_config, folder, sizes)
     for name, allowed in UNSUPPORTED.items():
         value = hf_config.get(name)
         if value is not None and value not in allowed:
@@ -131,6 +136,32 @@ def family_of(hf_config: Mapping[str, Any], folder: str) -> Family:
             f"model.path = {folder}: its config.json asks for rope type 'llama3' without {', '.join(lacking)}"
         )
     return family
+
+
+def _refuse_nonsense(hf_config: Mapping[str, Any], folder: str, sizes: Sequence[str]) -> None:
+    """UnusableInput for a size that is no whole number above 0, heads that cannot be shared, and rotary settings that
+    are none."""
+
+    def refuse(name: str, value: object, expected: str) -> None:
+        raise UnusableInput(f"model.path = {folder}: its config.json says {name} = {value!r}; {expected} is expected")
+
+    for name in (*sizes, *OPTIONAL_SIZES):
+        value = hf_config.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            refuse(name, value, "a whole number above 0")
+    heads, kv_heads = hf_config["num_attention_heads"], hf_config.get("num_key_value_heads")
+    if kv_heads and heads % kv_heads:
+        refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads}")
+    if not isinstance(tied := hf_config.get("tie_word_embeddings", False), bool):
+        refuse("tie_word_embeddings", tied, "true or false")
+    for name in ("rope_parameters", "rope_scaling"):
+        if hf_config.get(name) is not None and not isinstance(hf_config[name], dict):
+            refuse(name, hf_config[name], "an object")
+    numbers = {"rope_theta": hf_config.get("rope_theta"), **_rope(hf_config)}
+    for name in ("rope_theta", *sorted(LLAMA3_FIELDS)):
+        value = numbers.get(name)
+        if value is not None and (type(value) not in (int, float) or not value > 0):
+            refuse(name, value, "a number above 0")
 
 
 def experts_of(hf_config: Mapping[str, Any]) -> int:

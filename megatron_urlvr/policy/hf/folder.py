@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,35 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             f"model.path = {folder}: no such folder; give a Hugging Face folder (config.json, safetensors, tokenizer),"
             " or make a small one with `urlvr pretrain`"
         )
+    if not path.is_file():
+        raise UnusableInput(f"model.path = {folder}: it holds no config.json")
+    return _read_object(path)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; UnusableInput names the file when it holds none."""
     try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UnusableInput(f"model.path = {folder}: it holds no config.json") from None
-    except json.JSONDecodeError as error:
-        raise UnusableInput(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UnusableInput(f"{path}: holds a {type(config).__name__}; an object is expected")
-    return config
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UnusableInput(f"{path}: cannot be read ({error.strerror}); make it readable") from None
+    except UnicodeDecodeError as error:
+        raise UnusableInput(f"{path}: not UTF-8 text ({error}); copy the file again") from None
+    except (ValueError, RecursionError) as error:
+        raise UnusableInput(f"{path}: not valid JSON ({error}); copy the file again") from None
+    if not isinstance(found, dict):
+        raise UnusableInput(f"{path}: holds a {type(found).__name__}, an object is expected; copy the file again")
+    return found
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as a file holds it: where its bytes lie, without its values."""
+
+    file: Path
+    at: int
+    """Offset of the first byte in the file."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 class TensorFolder:
@@ -53,9 +74,10 @@ class TensorFolder:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._headers: dict[str, dict[str, Any]] = {}
         index = self.folder / INDEX
         if index.exists():
-            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            self._file_of = self._indexed(index)
         elif (self.folder / SINGLE).exists():
             with self._open(SINGLE) as file:
                 self._file_of = dict.fromkeys(file.keys(), SINGLE)
@@ -64,7 +86,20 @@ class TensorFolder:
                 f"model.path = {folder}: it holds neither {SINGLE} nor {INDEX}; only safetensors are read"
             )
 
+    def _indexed(self, index: Path) -> dict[str, str]:
+        """The file of each tensor. UnusableInput when the index does not say, or names a file that is not there."""
+        file_of = _read_object(index).get("weight_map")
+        if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
+            raise UnusableInput(f"{index}: its weight_map does not say which file holds which tensor; copy it again")
+        if missing := sorted({name for name in file_of.values() if not (self.folder / name).is_file()}):
+            raise UnusableInput(
+                f"{index}: it names {missing[0]} (and {len(missing) - 1} more), which is not there; copy the folder"
+                " again"
+            )
+        return file_of
+
     def _open(self, name: str) -> Any:
+        """A file, its header and length checked."""
         try:
             return safe_open(self.folder / name, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -87,39 +122,70 @@ class TensorFolder:
 
     def read(self, name: str, expected: tuple[int, ...]) -> torch.Tensor:
         """One tensor, on the CPU; UnusableInput when it is missing or misshapen."""
-        if name not in self._file_of:
-            raise UnusableInput(f"model.path = {self.folder}: tensor {name} is missing")
-        with self._open(self._file_of[name]) as file:
-            tensor = file.get_tensor(name)
-        if tuple(tensor.shape) != expected:
-            raise UnusableInput(
-                f"model.path = {self.folder}: tensor {name} has shape {tuple(tensor.shape)}, expected {expected}"
-                " from config.json"
-            )
+        file = self._holding(name)
+        with self._open(file) as opened:
+            try:
+                tensor: torch.Tensor = opened.get_tensor(name)
+            except SafetensorError as error:
+                raise UnusableInput(f"{self.folder / file}: {error}; copy the folder again") from None
+        self._refuse_misshapen(name, tuple(tensor.shape), expected)
         return tensor
 
+    def locate(self, name: str, expected: tuple[int, ...]) -> Stored:
+        """Where one tensor lies; UnusableInput when it is missing, misshapen, or of a type that is not converted."""
+        file = self._holding(name)
+        if file not in self._headers:
+            self._headers[file] = self._header(file)
+        entry = self._headers[file].get(name)
+        if entry is None:
+            raise UnusableInput(f"{self.folder / file}: it holds no tensor {name}; copy the folder again")
+        if entry["dtype"] not in TYPES:
+            raise UnusableInput(
+                f"{self.folder / file}: tensor {name} is {entry['dtype']}; supported: {', '.join(TYPES)}"
+            )
+        self._refuse_misshapen(name, tuple(entry["shape"]), expected)
+        return Stored(self.folder / file, entry["at"], TYPES[entry["dtype"]], expected)
 
-_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+    def _header(self, name: str) -> dict[str, Any]:
+        """The entries of a file's header, each with the offset of its tensor in the file as `at`."""
+        with self._open(name), open(self.folder / name, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        return {key: {**entry, "at": 8 + length + entry["data_offsets"][0]} for key, entry in entries.items()}
+
+    def _holding(self, name: str) -> str:
+        if name not in self._file_of:
+            raise UnusableInput(f"model.path = {self.folder}: tensor {name} is missing")
+        return self._file_of[name]
+
+    def _refuse_misshapen(self, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if shape != expected:
+            raise UnusableInput(
+                f"model.path = {self.folder}: tensor {name} has shape {shape}, expected {expected} from config.json"
+            )
 
 
-def write_tensors(path: Path, described: Sequence[tuple[str, torch.Tensor]], tensors: Iterable[torch.Tensor]) -> None:
-    """Write one safetensors file, a tensor at a time. `described`: names, types and shapes, in the order of `tensors`.
+TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+"""The names of the types that weights are kept in."""
+
+
+def header_of(tensors: Sequence[tuple[str, torch.Tensor]]) -> tuple[bytes, list[int]]:
+    """What a safetensors file of `tensors`, names with types and shapes, begins with; and the offset of each in it.
 
     The format: the header's length (8 bytes, little-endian), the header (JSON, padded with spaces), the bytes. KeyError
-    for a type that the format has no name for here.
+    for a type that is not one of TYPES.
     """
+    names = {dtype: name for name, dtype in TYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in described:
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    ends = [0]
+    for name, tensor in tensors:
+        ends.append(ends[-1] + tensor.nbytes)
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": ends[-2:]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for (_, expected), tensor in zip(described, tensors, strict=True):
-            assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape)
-            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, [start + end for end in ends]
 
 
 def write_folder(

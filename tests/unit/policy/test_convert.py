@@ -1,6 +1,9 @@
 """Conversion: bits and types back, Megatron's own names and shapes, checkpoints that Megatron itself reads."""
 
 import json
+import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -163,3 +166,87 @@ def test_an_index_that_would_run_code_is_not_read(written, tmp_path: Path):
     (tmp_path / "megatron" / ".metadata").write_bytes(b"cos\nmkdir\n(S'/tmp/never'\ntR.")
     with pytest.raises(UnusableInput, match=r"names os\.mkdir"):
         to_hf(tmp_path / "megatron", tmp_path / "out", model=written["qwen2"])
+
+
+# -- files and folders that are damaged, and places where nothing can be written ---------------------------------------
+
+
+def edited(**changes):
+    """A change of config.json."""
+
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return change
+
+
+def holding(name: str, content: bytes):
+    """A change that puts `content` in a file."""
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model-00002-of-00005.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def broken_header(folder: Path) -> None:
+    file = folder / "model-00002-of-00005.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:8] + b"#" + data[9:])
+
+
+def swapped(folder: Path) -> None:
+    shutil.copy(folder / "model-00001-of-00005.safetensors", folder / "model-00002-of-00005.safetensors")
+
+
+DAMAGE = {
+    "not UTF-8": (holding("config.json", b'{"a": "\xff"}'), r"config\.json: not UTF-8 text"),
+    "no object": (holding("config.json", b'"x"'), r"config\.json: holds a str, an object is expected"),
+    "too deep": (holding("config.json", b"[" * 100_000), r"config\.json: not valid JSON"),
+    "no list": (edited(architectures=5), "architecture 5 is not supported; supported: Qwen2ForCausalLM"),
+    "no heads": (edited(num_attention_heads=0), "num_attention_heads = 0; a whole number above 0 is expected"),
+    "text": (edited(head_dim="8"), "head_dim = '8'; a whole number above 0 is expected"),
+    "uneven heads": (edited(num_key_value_heads=3), "num_key_value_heads = 3; a divisor of num_attention_heads = 4 is"),
+    "neither": (edited(tie_word_embeddings="no"), "tie_word_embeddings = 'no'; true or false is expected"),
+    "no rope": (edited(rope_parameters=5), "rope_parameters = 5; an object is expected"),
+    "no theta": (edited(rope_parameters={"rope_theta": "x"}), "rope_theta = 'x'; a number above 0 is expected"),
+    "cut short": (cut, r"model-00002-of-00005\.safetensors: cannot be read .*; copy the folder again"),
+    "header": (broken_header, r"model-00002-of-00005\.safetensors: cannot be read .*; copy the folder again"),
+    "another file": (swapped, r"model-00002-of-00005\.safetensors: it holds no tensor .*; copy the folder again"),
+    "file gone": (
+        lambda folder: (folder / "model-00002-of-00005.safetensors").unlink(),
+        r"index\.json: it names model-00002-of-00005\.safetensors \(and 0 more\), which is not there; copy the folder",
+    ),
+    "broken index": (holding(INDEX, b"{"), r"index\.json: not valid JSON"),
+    "empty index": (holding(INDEX, b"{}"), r"index\.json: its weight_map does not say which file"),
+    "numbers": (holding(INDEX, b'{"weight_map": {"a": 1}}'), r"index\.json: its weight_map does not say which file"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_folder_is_refused_by_the_files_name_and_nothing_is_left(written, tmp_path: Path, what: str):
+    damage, sentence = DAMAGE[what]
+    config, tensors = read_config(written["qwen2"]), tensors_of(written["qwen2"])
+    write_folder(tmp_path / "in", tensors.items(), config=config, tokenizer_from=None, max_shard_bytes=17_000)
+    damage(tmp_path / "in")
+    with pytest.raises(UnusableInput, match=sentence):
+        to_megatron(tmp_path / "in", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "/proc/x/y", "file/x", "/", ".", "n" * 300])
+def test_a_place_where_nothing_can_be_written_is_named(written, tmp_path: Path, monkeypatch, place: str):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UnusableInput, match=f"^{re.escape(str(Path(place)))} (cannot be written: |is there already)"):
+        to_megatron(written["qwen2"], Path(place))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_type_that_is_not_converted_is_named(written, tmp_path: Path):
+    key = "model.norm.weight"
+    folder = changed(written["qwen2"], tmp_path / "in", lambda tensors: tensors.update({key: torch.ones(32).char()}))
+    with pytest.raises(UnusableInput, match=f"tensor {key} is I8; supported: F32, F16, BF16, F64"):
+        to_megatron(folder, tmp_path / "out")
