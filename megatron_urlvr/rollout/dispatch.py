@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -27,13 +26,12 @@ from .answers import Answer, Expected, read_answer
 from .client import ServerClient
 from .early import EarlyVotes, decided
 from .faults import Aborted, Fault, FaultCounts, RolloutFailed
+from .patience import Patience
 from .pool import Server, ServerPool, in_need
 from .schedule import Job, Schedule
 from .versions import Versions
 
 TICK_S = 0.25
-SAY_EVERY_S = 15.0
-"""While nobody can be asked, one line this often."""
 
 _requests = itertools.count()
 """Numbers requests of this process: an id is never used twice, also when a sample is asked for again."""
@@ -79,7 +77,7 @@ class Dispatch:
         self.wake = asyncio.Event()
         self.tasks: set[asyncio.Task[None]] = set()
         self.error: BaseException | None = None
-        self.starved_since: float | None = None
+        self.patience = Patience(settings.wait_s)
 
     async def run(self, prompts: Sequence[Prompt], sampling: Sampling, *, ahead: bool = False) -> None:
         """Until every group was emitted. `ahead`: less urgent than the batches that run already; otherwise more.
@@ -164,7 +162,7 @@ class Dispatch:
             return
         if not routed:
             self.pool.good(server)
-        self.starved_since = None
+        self.patience.found()
         if self.schedule.delivered(server.id, job):
             self._keep(job, answer)
 
@@ -249,17 +247,16 @@ class Dispatch:
 
     async def _watch(self) -> None:
         """Find servers that come back, ask silent ones how they are, and notice when there are none."""
-        said = 0.0
         while True:
             now = asyncio.get_running_loop().time()
             if self.pool.updating:
-                self.starved_since = None
+                self.patience.found()
             else:
-                said = self._look_around(now, said)
+                self._look_around(now)
             await asyncio.sleep(TICK_S)
 
-    def _look_around(self, now: float, said: float) -> float:
-        """One look at all servers. Returns when it was last said that there are none."""
+    def _look_around(self, now: float) -> None:
+        """One look at all servers. RolloutFailed when there were none for too long."""
         self.pool.discover(self.session)
         for server in in_need(list(self.pool.servers.values()), now):
             self._spawn(self.pool.probe(server, self.versions.label, self.repair))
@@ -267,10 +264,10 @@ class Dispatch:
             quiet = now - server.heard > self.settings.health_every_s
             if quiet and not server.probing and self.schedule.running_on(server.id):
                 self._spawn(self._check(server))
-        if not self.pool.up():
-            return self._starve(now, said)
-        self.wake.set()
-        return said
+        if self.pool.up():
+            self.wake.set()
+        else:
+            self.patience.missing(now, self.pool.summary())
 
     async def _check(self, server: Server) -> None:
         """Health of a server that owes answers. Out of the pool when it fails: what it has is asked for elsewhere."""
@@ -284,21 +281,3 @@ class Dispatch:
                 self.pool.drop(server, f"health: {fault}")
         finally:
             server.probing = False
-
-    def _starve(self, now: float, said: float) -> float:
-        """Nobody can be asked. Returns when that was said last; RolloutFailed once it has lasted `wait_s`."""
-        if self.starved_since is None:
-            self.starved_since = now
-        waited = now - self.starved_since
-        if waited > self.settings.wait_s:
-            raise RolloutFailed(
-                f"no rollout server for {waited:.0f} s (servers.wait_s = {self.settings.wait_s:g}):"
-                f" {self.pool.summary()}"
-            )
-        if waited >= 1 and now - said >= SAY_EVERY_S:
-            left = self.settings.wait_s - waited
-            print(
-                f"waiting for a rollout server, {left:.0f} s more: {self.pool.summary()}", file=sys.stderr, flush=True
-            )
-            return now
-        return said

@@ -13,7 +13,6 @@ label, which `asleep` and `waking` take the place of. A server that was left hal
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
@@ -21,8 +20,9 @@ from ..config.addresses import api_key
 from ..config.servers import POLICY, ServersSection
 from ..exit_codes import UnusableInput
 from .client import ServerClient
-from .faults import Abandoned, Fault, RolloutFailed
+from .faults import Abandoned, Fault
 from .loop import HttpLoop
+from .patience import Patience
 from .pool import ServerPool
 
 ASLEEP = "asleep"
@@ -96,7 +96,7 @@ def settle(servers: ServersSection, folder: Path, *, hosts: int, interrupted: Ca
 async def _settle(
     servers: ServersSection, pool: ServerPool, loop: HttpLoop, wanted: int, interrupted: Callable[[], bool]
 ) -> None:
-    began, asleep, why = time.monotonic(), set[tuple[str, str]](), ""
+    patience, asleep, why = Patience(servers.wait_s, "complete set of colocated servers"), set[tuple[str, str]](), ""
     while True:
         pool.discover(loop.session)
         for server in pool.servers.values():
@@ -113,9 +113,9 @@ async def _settle(
             return
         if interrupted():  # between servers: one must know what it has given back
             raise Abandoned
-        if time.monotonic() - began > servers.wait_s:
-            raise RolloutFailed(
-                f"{there} of {wanted} colocated servers are there after {servers.wait_s:g} s (servers.wait_s), and the"
-                f" policy cannot be built before all sleep: run `urlvr rollout serve` on every host of the trainer{why}"
-            )
+        patience.missing(
+            asyncio.get_running_loop().time(),
+            f"of {wanted} servers {there} are there and asleep, and before all are the policy cannot be built; run"
+            f" `urlvr rollout serve` on every host of the trainer{why}",
+        )
         await asyncio.sleep(LOOK_S)

@@ -139,7 +139,7 @@ def test_without_its_servers_a_colocated_run_ends_before_it_begins(urlvr, config
     wanted = ["rollout.engine=sglang", "servers.wait_s=0", *IN_TURNS]
     outcome = urlvr("train", config, *wanted)
     assert outcome.code == 5
-    assert "0 of 1 colocated servers are there after 0 s (servers.wait_s)" in outcome.err
+    assert "no complete set of colocated servers for 0 s (servers.wait_s = 0): of 1 servers 0 are there" in outcome.err
 
 
 KILLED = """

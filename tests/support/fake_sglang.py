@@ -139,6 +139,12 @@ class FakeServer:
         """Close the port and all connections."""
         _loop().run(self._runner.cleanup())
 
+    def restart(self) -> None:
+        """Be as a new process is: awake, with the weights that servers start with."""
+        self.label = "default"
+        self.memory.restart()
+        self._going.set()
+
     @web.middleware
     async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
         self.calls[request.path] += 1
@@ -146,9 +152,7 @@ class FakeServer:
             self.called.append(request.path)
         if self.dead_for:
             self.dead_for -= 1
-            self.label = "default"
-            self.memory.restart()
-            self._going.set()
+            self.restart()
             return await self._reset(request)
         if self.key is not None and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "Unauthorized"}, status=401)

@@ -15,7 +15,6 @@ Colocated servers sleep when this begins, and wake to read the snapshot: see `ro
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 from ...config.servers import ServersSection
 from ..faults import Fault, RolloutFailed
 from ..loop import HttpLoop
+from ..patience import Patience
 from ..pool import Server, ServerPool
 from ..sleep import ASLEEP, WAKING, marker, put_to_sleep, wake
 from .buckets import Bucket, buckets
@@ -33,7 +33,6 @@ from .snapshot import Snapshots
 from .transport import Transport
 from .verify import Checksums, read_checksums
 
-SAY_EVERY_S = 15.0
 ASK_AGAIN_S = 0.5
 
 
@@ -191,7 +190,7 @@ class WeightSync:
     async def _assemble(self, before: str) -> tuple[list[Server], bool]:
         """(Servers that answer, whether one of them is not as the last update left it)."""
         loop = asyncio.get_running_loop()
-        started, said = loop.time(), 0.0
+        patience = Patience(self.settings.wait_s)
         self.pool.begin_update()
         if self._repairs:  # a server must not read the old snapshot in the middle of the update
             await asyncio.wait(self._repairs.values())
@@ -202,20 +201,7 @@ class WeightSync:
             there = [server for server, label in zip(servers, held, strict=True) if label is not None]
             if there or before:
                 return there, any(label not in (None, before) for label in held)
-            waited = loop.time() - started
-            if waited > self.settings.wait_s:
-                raise RolloutFailed(
-                    f"no rollout server for {waited:.0f} s (servers.wait_s = {self.settings.wait_s:g}):"
-                    f" {self.pool.summary()}"
-                )
-            if waited > 1 and loop.time() - said > SAY_EVERY_S:
-                said = loop.time()
-                left = self.settings.wait_s - waited
-                print(
-                    f"waiting for a rollout server, {left:.0f} s more: {self.pool.summary()}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            patience.missing(loop.time(), self.pool.summary())
             await asyncio.sleep(ASK_AGAIN_S)
 
     async def _label(self, server: Server) -> str | None:

@@ -94,9 +94,7 @@ def test_a_server_that_dies_asleep_comes_back_awake_and_reads_the_weights(tmp_pa
     with colocated(2, tmp_path) as (engine, servers):
         push(engine, WEIGHTS, 0)
         engine.sleep()
-        servers[0].memory.restart()
-        servers[0].label = "default"
-        servers[0]._going.set()
+        servers[0].restart()
         push(engine, WEIGHTS, 1)
         assert sampled(engine) == {1}
         assert servers[0].calls["/resume_memory_occupation"] == 0
@@ -205,7 +203,7 @@ def test_servers_that_are_not_there_end_the_wait_and_so_does_a_signal(tmp_path: 
     missing = ServersSection.model_validate(
         {"pools": {"policy": {"count": 2}}, "transport": "disk", "colocated": True, "wait_s": 0}
     )
-    with pytest.raises(RolloutFailed, match=r"0 of 6 colocated servers .* `urlvr rollout serve` on every host"):
+    with pytest.raises(RolloutFailed, match=r"of 6 servers 0 are there .* `urlvr rollout serve` on every host"):
         settle(missing, tmp_path, hosts=3, interrupted=lambda: False)
     with pytest.raises(Abandoned):
         settle(missing.model_copy(update={"wait_s": 60}), tmp_path, hosts=3, interrupted=lambda: True)
