@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_models import DiceModel
 from fake_sglang import FakeServer
 from small_runs import assert_same_run, at_step, rows, send, weights
 
+from megatron_urlvr.data.tokenizer import load_tokenizer
 from megatron_urlvr.rollout.records import read_groups
 from megatron_urlvr.rollout.replay import rollout_file
 from megatron_urlvr.types import samples_of
@@ -69,9 +72,27 @@ def test_a_run_goes_on_after_a_signal_and_is_replayed_as_if_it_had_sampled(urlvr
         assert taken[name] == expected[name] or name.startswith(("rng", "trainer.json"))
 
 
+class Talker(DiceModel):
+    """Answers 1, 2 or nothing, and judges by one character, at random."""
+
+    def __init__(self, base: Path) -> None:
+        tokenizer = load_tokenizer(base)
+        super().__init__(len(tokenizer))
+        answers, verdicts = ("c1#1", "c2#2", "q"), ("c", "#", "q")
+        self.answers, self.verdicts = (
+            [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts] for texts in (answers, verdicts)
+        )
+        self.end = tokenizer.eos_token_id
+
+    def generate(self, ids: list[int], params: dict[str, Any]) -> tuple[list[int], list[float]]:
+        verdict = params["max_new_tokens"] == 1
+        tokens = self.random.choice(self.verdicts) if verdict else [*self.random.choice(self.answers), self.end]
+        return tokens, [-self.random.random() for _ in tokens]
+
+
 def test_verdicts_on_responses_that_were_generated_ahead_are_the_newest_weights_own(urlvr, config, base, tmp_path):
     vocab = json.loads((base / "config.json").read_text())["vocab_size"]
-    server = FakeServer(DiceModel(vocab), vocab_size=vocab, pace=lambda: 0.005)
+    server = FakeServer(Talker(base), vocab_size=vocab)
     ahead = ["rollout.engine=sglang", f"servers.pools.policy.urls=[{server.url}]", "servers.wait_s=30"]
     ahead += ["servers.transport=disk", "rollout.max_staleness=1", "algorithm.correction.old_logp=rollout"]
     try:
