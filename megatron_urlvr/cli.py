@@ -14,6 +14,7 @@ from megatron_urlvr.commands.arguments import Checkpoint, ConfigFile, Overrides
 from megatron_urlvr.commands.launch import app as launch_app
 from megatron_urlvr.distributed.ranks import adopt_srun
 from megatron_urlvr.exit_codes import DISK_FULL, ExitCode, UnusableInput
+from megatron_urlvr.rollout.faults import RolloutFailed
 
 app = typer.Typer(
     help="Unsupervised reinforcement learning with verifiable rewards, on Megatron-Core and SGLang.",
@@ -275,15 +276,15 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point of `urlvr`. Unusable input (exit code 2) and a full disk (1) end with their sentences, never with a
-    traceback."""
+    """Entry point of `urlvr`. Unusable input (exit code 2), a lack of rollout servers (5) and a full disk (1) end with
+    their sentences, never with a traceback."""
     adopt_srun(os.environ)
     try:
         app()
-    except UnusableInput as error:
+    except (UnusableInput, RolloutFailed) as error:
         if os.environ.get("RANK", "0") == "0":  # every rank finds the same
             print(error, file=sys.stderr)
-        sys.exit(ExitCode.UNUSABLE_INPUT)
+        sys.exit(ExitCode.NO_SERVERS if isinstance(error, RolloutFailed) else ExitCode.UNUSABLE_INPUT)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

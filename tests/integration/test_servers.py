@@ -139,7 +139,19 @@ def test_without_its_servers_a_colocated_run_ends_before_it_begins(urlvr, config
     wanted = ["rollout.engine=sglang", "servers.wait_s=0", *IN_TURNS]
     outcome = urlvr("train", config, *wanted)
     assert outcome.code == 5
-    assert "no complete set of colocated servers for 0 s (servers.wait_s = 0): of 1 servers 0 are there" in outcome.err
+    assert "no complete set of colocated servers for " in outcome.err
+    assert "(servers.wait_s = 0): of 1 servers 0 are there" in outcome.err
+
+
+def test_every_command_that_asks_servers_says_so_when_there_are_none(urlvr, config, tmp_path) -> None:
+    none = ["rollout.engine=sglang", "servers.wait_s=0"]
+    for command in (["eval", config], ["data", "select", config, "--keep", "mixed", "--out", tmp_path / "kept.jsonl"]):
+        outcome = urlvr(*command, *none)
+        assert outcome.code == 5
+        told = outcome.err.strip().splitlines()[-1]
+        assert told.startswith("no rollout server for ")
+        assert "(servers.wait_s = 0): no server is announced in " in told
+    assert not (tmp_path / "kept.jsonl").exists()
 
 
 KILLED = """
