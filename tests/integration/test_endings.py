@@ -6,13 +6,13 @@ import json
 import math
 import os
 import pickle
-import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from full_disk import NO_LIMIT, files_of_at_most
 from safetensors.torch import load_file, save_file
 from small_runs import Command, assert_same_run, checkpoints, rows, status
 
@@ -187,23 +187,12 @@ def test_an_index_that_would_call_something_is_refused_and_calls_nothing(urlvr, 
 # -- a full disk ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """The system refuses to let any file of this process grow further, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_disk_that_is_full_when_saving_costs_no_older_checkpoint(urlvr, config, whole, tmp_path, monkeypatch):
     run = tmp_path / "run"
     original = checkpoint.save
 
     def save(policy, folder, step, *rest, **options):
-        with files_of_at_most(4096 if step == 4 else resource.RLIM_INFINITY):
+        with files_of_at_most(4096 if step == 4 else NO_LIMIT):
             return original(policy, folder, step, *rest, **options)
 
     with monkeypatch.context() as patch:
@@ -244,7 +233,7 @@ def test_a_disk_that_is_full_when_logging_ends_with_a_sentence(urlvr, config, wh
     original = train.RunFiles.log
 
     def log(self, step, metrics):
-        size = self.folder.metrics.stat().st_size + 20 if step == 3 else resource.RLIM_INFINITY
+        size = self.folder.metrics.stat().st_size + 20 if step == 3 else NO_LIMIT
         with files_of_at_most(size):
             original(self, step, metrics)
 

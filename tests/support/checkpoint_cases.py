@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from full_disk import NO_LIMIT, files_of_at_most
 from layout_cases import VOCAB
 from tiny_models import random_rows
 
@@ -61,7 +60,7 @@ def _check_checkpoint(config: Config, layout: Layout, folder: Path) -> None:
 def _check_full_disk(policy: Policy, folder: Path, rank: int) -> None:
     """`rank` alone can write nothing; every rank is told, wherever it waits, in the same words."""
     told = ""
-    with files_of_at_most(100 if policy.layout.rank == rank else resource.RLIM_INFINITY):
+    with files_of_at_most(100 if policy.layout.rank == rank else NO_LIMIT):
         try:
             checkpoint.Saving(policy, folder, 4, {"step": 4}, keep=1).finish()
         except checkpoint.CheckpointError as error:
@@ -70,17 +69,6 @@ def _check_full_disk(policy: Policy, folder: Path, rank: int) -> None:
     assert told.endswith("checkpoints written before it are intact"), told
     if policy.layout.is_main:
         assert [path.name for path in folder.iterdir()] == ["step_000003"]
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """The system refuses to let any file of this process grow further, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 CHAIN: Mapping[str, dict[str, Any]] = {

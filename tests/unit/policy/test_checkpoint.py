@@ -5,15 +5,13 @@ import hashlib
 import json
 import os
 import pickle
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from full_disk import files_of_at_most
 from test_weights import Likelihood, rows
 
 from megatron_urlvr.config.optim import OptimSection
@@ -316,17 +314,6 @@ def test_an_object_among_the_tensors_that_would_run_code_is_not_loaded(make, tmp
 # -- what cannot be written -------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    """The kernel lets nobody in this process write a file beyond `size` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def assert_older_one_is_intact(policy: Policy, folder: Path, before: dict[str, torch.Tensor]) -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["step_000001", "step_000002"]
     assert_same_bits(everything(policy), before)
@@ -340,7 +327,7 @@ def test_a_disk_that_fills_up_leaves_the_old_checkpoints(make, copies: Path, lim
     policy = make()
     train(policy, 1)
     before = everything(policy)
-    with files_up_to(limit), pytest.raises(CheckpointError) as failed:
+    with files_of_at_most(limit), pytest.raises(CheckpointError) as failed:
         checkpoint.save(policy, copies, 3, TRAINER, keep=2)
     assert "could not write checkpoint" in str(failed.value)
     assert str(failed.value).endswith("checkpoints written before it are intact")
