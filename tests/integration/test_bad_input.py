@@ -102,7 +102,7 @@ def test_a_model_whose_config_and_weights_differ_or_whose_kind_is_unknown(refuse
     (broken_base / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}')
     assert "its config.json does not say vocab_size, hidden_size, " in refused(path)
     (broken_base / "config.json").write_text("[]")
-    assert "config.json: holds a list; an object is expected" in refused(path)
+    assert "config.json: holds a list, an object is expected" in refused(path)
 
 
 def test_a_tokenizer_that_is_larger_than_the_vocabulary(refused, broken_base):

@@ -65,7 +65,7 @@ def test_a_signal_before_step_0_is_complete_leaves_nothing_to_resume(urlvr, conf
 
     original = train.build
     with monkeypatch.context() as patch:
-        patch.setattr(train, "build", lambda *a: (send(signal.SIGTERM)(), original(*a))[1])
+        patch.setattr(train, "build", lambda *a, **k: (send(signal.SIGTERM)(), original(*a, **k))[1])
         outcome = urlvr("train", config)
     assert (outcome.code, checkpoints(tmp_path / "run")) == (75, [])
     assert "SIGTERM before step 0 was complete; the same command starts again" in outcome.err
