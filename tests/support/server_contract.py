@@ -157,18 +157,18 @@ class ServerContract:
         self, target: Target, tmp_path: Path, transport: str, pause: str
     ) -> None:
         engine = engine_for([target.url], target.folder, tmp_path, transport=transport, pause=pause)
-        engine.limit = 8  # a prompt's votes after the other's, so that some are under way when the first are done
+        engine.limit = 8  # of 192, so that some are under way when the first prompt's are done, and long afterwards
         try:
             old, new = wordy(target.folder, 10), wordy(target.folder, 11)
             push(engine, old, 0)
-            flight = engine.start(prompts(8), Sampling(6, 40))
+            flight = engine.start(prompts(32), Sampling(6, 40))
             groups = [next(flight)]
             push(engine, new, 1)
             groups += flight
             assert engine.metrics()["rollout/faults"] == 0
         finally:
             engine.close()
-        assert len(groups) == 8
+        assert len(groups) == 32
         samples = [sample for group in groups for sample in group]
         assert any(len(sample.spans) == 2 for sample in samples), "no response met the update"
         assert {sample.version for sample in samples} == {0, 1}
