@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_checkpoint import SECTION, TRAINER, assert_same_bits, everything, files_up_to, train
+from full_disk import files_of_at_most
+from test_checkpoint import SECTION, TRAINER, assert_same_bits, everything, train
 
 from megatron_urlvr.policy import checkpoint, writing
 from megatron_urlvr.policy.checkpoint import CheckpointError, Saving
@@ -104,7 +105,7 @@ def test_a_disk_that_fills_up_meanwhile_is_told_at_the_end_and_leaves_the_old_ch
     old = checkpoint.save(policy, tmp_path, 1, {"step": 1}, keep=2)
     gate.clear()
     saving = Saving(policy, tmp_path, 2, TRAINER, keep=1)
-    with files_up_to(limit):
+    with files_of_at_most(limit):
         gate.set()
         with pytest.raises(CheckpointError) as failed:
             saving.finish()

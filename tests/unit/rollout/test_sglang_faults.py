@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from fake_faults import FAULTS
 from fake_models import DiceModel
+from fake_serving import serving
 from fake_sglang import FakeServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -59,16 +60,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@contextmanager
-def serving(count: int, folder: Path, work: Path, **settings: Any) -> Iterator[tuple[SGLangEngine, list[FakeServer]]]:
+def patient(
+    count: int, folder: Path, work: Path, **settings: Any
+) -> AbstractContextManager[tuple[SGLangEngine, list[FakeServer]]]:
     servers = [FakeServer(DiceModel(seed=k)) for k in range(count)]
-    engine = engine_for([server.url for server in servers], folder, work, **PATIENT | {"transport": "disk"} | settings)
-    try:
-        yield engine, servers
-    finally:
-        engine.close()
-        for server in servers:
-            server.stop()
+    return serving(servers, folder, work, **PATIENT | {"transport": "disk"} | settings)
 
 
 def exactly_once(groups: list[Group], count: int, n: int) -> None:
@@ -88,7 +84,7 @@ WEIGHTS = {"w": torch.ones(3)}
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_counted_by_kind_and_the_sample_asked_for_again(fault: str, folder: Path, tmp_path: Path) -> None:
-    with serving(2, folder, tmp_path, timeout_s=0.3 if fault == "hang" else 60) as (engine, servers):
+    with patient(2, folder, tmp_path, timeout_s=0.3 if fault == "hang" else 60) as (engine, servers):
         push(engine, WEIGHTS, 1)
         servers[0].faults = iter([fault])
         exactly_once(list(engine.generate(prompts(4), Sampling(4, 5))), 4, 4)
@@ -104,7 +100,7 @@ schedules = st.lists(st.sampled_from([None, None, "die", *FAULTS]), max_size=8)
 def test_any_schedule_of_faults_loses_and_doubles_nothing(
     folder: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    with serving(3, folder, tmp_path, timeout_s=0.05) as (engine, servers):
+    with patient(3, folder, tmp_path, timeout_s=0.05) as (engine, servers):
         version = itertools.count(1)
 
         @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
@@ -121,7 +117,7 @@ def test_any_schedule_of_faults_loses_and_doubles_nothing(
 
 
 def test_a_server_is_never_given_more_than_its_limit(folder: Path, tmp_path: Path) -> None:
-    with serving(2, folder, tmp_path) as (engine, servers):
+    with patient(2, folder, tmp_path) as (engine, servers):
         engine.limit = 3
         push(engine, WEIGHTS, 1)
         exactly_once(list(engine.generate(prompts(12), Sampling(4, 4))), 12, 4)
@@ -129,7 +125,7 @@ def test_a_server_is_never_given_more_than_its_limit(folder: Path, tmp_path: Pat
 
 
 def test_a_server_that_dies_comes_back_fenced_and_is_brought_up_to_date(folder: Path, tmp_path: Path) -> None:
-    with serving(1, folder, tmp_path) as (engine, servers):
+    with patient(1, folder, tmp_path) as (engine, servers):
         push(engine, WEIGHTS, 1)
         servers[0].faults = iter([None, None, "die"])
         exactly_once(list(engine.generate(prompts(4), Sampling(4, 4))), 4, 4)
@@ -140,7 +136,7 @@ def test_a_server_that_dies_comes_back_fenced_and_is_brought_up_to_date(folder: 
 def test_a_server_that_fails_its_health_check_leaves_and_what_it_had_is_asked_for_elsewhere(
     folder: Path, tmp_path: Path
 ) -> None:
-    with serving(2, folder, tmp_path, timeout_s=600, health_every_s=0.05) as (engine, servers):
+    with patient(2, folder, tmp_path, timeout_s=600, health_every_s=0.05) as (engine, servers):
         push(engine, WEIGHTS, 1)
         servers[0].faults, servers[0].sick = itertools.repeat("hang"), True
         exactly_once(list(engine.generate(prompts(4), Sampling(4, 4))), 4, 4)
@@ -150,7 +146,7 @@ def test_a_server_that_fails_its_health_check_leaves_and_what_it_had_is_asked_fo
 def test_with_no_server_left_the_run_waits_and_then_says_so(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with serving(1, folder, tmp_path, wait_s=1.5) as (engine, servers):
+    with patient(1, folder, tmp_path, wait_s=1.5) as (engine, servers):
         push(engine, WEIGHTS, 1)
         servers[0].dead_for = 10**9
         with pytest.raises(
@@ -170,7 +166,7 @@ def test_without_any_server_at_the_start_the_run_waits_and_then_says_so(folder: 
 
 
 def test_a_sample_that_nobody_can_answer_ends_the_run_with_the_reason(folder: Path, tmp_path: Path) -> None:
-    with serving(2, folder, tmp_path, attempts=5) as (engine, servers):
+    with patient(2, folder, tmp_path, attempts=5) as (engine, servers):
         push(engine, WEIGHTS, 1)
         for server in servers:
             server.faults = itertools.repeat("400")
@@ -179,7 +175,7 @@ def test_a_sample_that_nobody_can_answer_ends_the_run_with_the_reason(folder: Pa
 
 
 def test_a_process_that_is_asked_to_stop_gives_up_waiting(folder: Path, tmp_path: Path) -> None:
-    with serving(1, folder, tmp_path, timeout_s=600, health_every_s=600) as (engine, servers):
+    with patient(1, folder, tmp_path, timeout_s=600, health_every_s=600) as (engine, servers):
         push(engine, WEIGHTS, 1)
         servers[0].faults = itertools.repeat("hang")
         engine.interrupted = lambda: True
@@ -191,7 +187,7 @@ def test_a_process_that_is_asked_to_stop_gives_up_waiting(folder: Path, tmp_path
 
 def test_the_api_key_goes_with_every_request(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("URLVR_API_KEY", "s3cret")
-    with serving(1, folder, tmp_path) as (engine, servers):
+    with patient(1, folder, tmp_path) as (engine, servers):
         servers[0].key = "s3cret"
         push(engine, WEIGHTS, 1)
         exactly_once(list(engine.generate(prompts(2), Sampling(2, 4))), 2, 2)

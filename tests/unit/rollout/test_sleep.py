@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fake_models import DiceModel
+from fake_serving import empty_model, serving
 from fake_sglang import FakeServer
 from server_contract import engine_for, prompts, push
 
@@ -39,19 +39,10 @@ WAKING_UP = [
 ]
 
 
-@contextmanager
-def colocated(count: int, work: Path, **settings: Any) -> Iterator[tuple[SGLangEngine, list[FakeServer]]]:
-    (work / "model").mkdir()
-    (work / "model" / "config.json").write_text("{}")
+def colocated(count: int, work: Path, **settings: Any) -> AbstractContextManager[tuple[SGLangEngine, list[FakeServer]]]:
     servers = [FakeServer(DiceModel(seed=k), pace=lambda: 0.002) for k in range(count)]
     settings = {"transport": "disk", "colocated": True, "sync_timeout_s": 5.0} | settings
-    engine = engine_for([s.url for s in servers], work / "model", work, **settings)
-    try:
-        yield engine, servers
-    finally:
-        engine.close()
-        for server in servers:
-            server.stop()
+    return serving(servers, empty_model(work), work, **settings)
 
 
 def sampled(engine: SGLangEngine) -> set[int]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fake_models import DiceModel
+from fake_serving import empty_model, serving
 from fake_sglang import FakeServer
 from server_contract import engine_for, prompts, push
 
@@ -28,18 +28,9 @@ class KeepingModel(DiceModel):
         self.weights |= {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-@contextmanager
-def serving(count: int, work: Path, **settings: Any) -> Iterator[tuple[SGLangEngine, list[FakeServer]]]:
-    (work / "model").mkdir()
-    (work / "model" / "config.json").write_text("{}")
+def keeping(count: int, work: Path, **settings: Any) -> AbstractContextManager[tuple[SGLangEngine, list[FakeServer]]]:
     servers = [FakeServer(KeepingModel()) for _ in range(count)]
-    engine = engine_for([s.url for s in servers], work / "model", work, **{"sync_timeout_s": 5.0} | settings)
-    try:
-        yield engine, servers
-    finally:
-        engine.close()
-        for server in servers:
-            server.stop()
+    return serving(servers, empty_model(work), work, **{"sync_timeout_s": 5.0} | settings)
 
 
 def weights(value: float) -> dict[str, torch.Tensor]:
@@ -54,7 +45,7 @@ def holds(server: FakeServer, value: float) -> bool:
 
 @pytest.mark.parametrize("transport", ["group", "disk"])
 def test_every_server_holds_every_tensor_of_every_update(tmp_path: Path, transport: str) -> None:
-    with serving(2, tmp_path, transport=transport, bucket_mb=1) as (engine, servers):
+    with keeping(2, tmp_path, transport=transport, bucket_mb=1) as (engine, servers):
         for version in (0, 1, 2):
             push(engine, weights(version), version)
             assert all(holds(server, version) for server in servers)
@@ -77,7 +68,7 @@ def test_every_server_holds_every_tensor_of_every_update(tmp_path: Path, transpo
 def test_when_a_server_refuses_the_broadcast_all_read_the_snapshot_and_the_next_update_has_a_new_group(
     tmp_path: Path, path: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with serving(1, tmp_path, bucket_mb=1) as (engine, servers):
+    with keeping(1, tmp_path, bucket_mb=1) as (engine, servers):
         servers[0].refusing = {path}
         push(engine, weights(1), 1)
         assert holds(servers[0], 1)
@@ -90,7 +81,7 @@ def test_when_a_server_refuses_the_broadcast_all_read_the_snapshot_and_the_next_
 
 
 def test_when_a_server_goes_the_others_make_a_new_group(tmp_path: Path) -> None:
-    with serving(2, tmp_path) as (engine, servers):
+    with keeping(2, tmp_path) as (engine, servers):
         push(engine, weights(1), 1)
         servers[0].dead_for = 10**9
         push(engine, weights(2), 2)
@@ -104,7 +95,7 @@ def test_when_a_server_goes_the_others_make_a_new_group(tmp_path: Path) -> None:
 
 
 def test_with_no_server_at_an_update_generation_waits_for_one_that_reads_the_snapshot(tmp_path: Path) -> None:
-    with serving(1, tmp_path, wait_s=60) as (engine, servers):
+    with keeping(1, tmp_path, wait_s=60) as (engine, servers):
         push(engine, weights(1), 1)
         servers[0].dead_for = 3
         push(engine, weights(2), 2)
@@ -114,7 +105,7 @@ def test_with_no_server_at_an_update_generation_waits_for_one_that_reads_the_sna
 
 
 def test_another_replica_asks_only_servers_that_hold_the_newest_weights(tmp_path: Path) -> None:
-    with serving(2, tmp_path) as (engine, servers):
+    with keeping(2, tmp_path) as (engine, servers):
         other = engine_for([s.url for s in servers], tmp_path / "model", tmp_path)
         other.sync, other.versions.session = None, engine.versions.session
         try:
