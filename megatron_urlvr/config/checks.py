@@ -48,12 +48,14 @@ def _device(config: Config, device: str) -> Iterator[str]:
 
 def _world(config: Config, world_size: int) -> Iterator[str]:
     parallel, prompts = config.parallel, config.rollout.prompts
-    one = parallel.tp * parallel.pp
+    one = parallel.model_ranks
     layout = f"parallel.tp = {parallel.tp} x parallel.pp = {parallel.pp}"
+    if parallel.cp > 1:
+        layout += f" x parallel.cp = {parallel.cp}"
     if world_size % one:
         yield (
             f"{layout} makes {one} processes a replica, which does not divide the {world_size} that were started: "
-            f"start a multiple of {one}, or change tp and pp."
+            f"start a multiple of {one}, or change the layout."
         )
         return
     replicas = world_size // one
@@ -61,6 +63,11 @@ def _world(config: Config, world_size: int) -> Iterator[str]:
         yield (
             f"{layout} x parallel.dp = {parallel.dp} is {one * int(parallel.dp)} processes, but {world_size} were "
             f"started: set parallel.dp={replicas} or auto, or start {one * int(parallel.dp)}."
+        )
+    if (replicas * parallel.cp) % parallel.ep:
+        yield (
+            f"parallel.ep = {parallel.ep} does not divide the {replicas} data-parallel x {parallel.cp} "
+            "context-parallel ranks over which experts are spread: choose a divisor of their product."
         )
     if prompts % replicas:
         yield (
@@ -96,6 +103,14 @@ def _shards(config: Config, hf_config: Mapping[str, Any]) -> Iterator[str]:
         yield _uneven("parallel.pp", pp, "layers", layers, config)
     elif layers is not None and (layers // pp) % config.parallel.vpp:
         yield _uneven("parallel.vpp", config.parallel.vpp, "layers of each pipeline rank", layers // pp, config)
+    ep, experts = config.parallel.ep, hf_config.get("num_experts")
+    if ep > 1 and experts is None:
+        yield (
+            f"parallel.ep = {ep} spreads experts, but model.path = {config.model.path!r} is no mixture of experts: set "
+            "parallel.ep=1."
+        )
+    elif ep > 1 and experts % ep:
+        yield _uneven("parallel.ep", ep, "experts", experts, config)
     if tp > 1 and "moe_intermediate_size" in hf_config and not config.parallel.sequence_parallel:
         yield (
             f"parallel.tp = {tp} shards a mixture of experts, which Megatron trains with sequence parallelism alone: "

@@ -9,7 +9,7 @@ from .base import Section, rule
 
 class ParallelSection(Section):
     dp: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Data-parallel replicas; `auto`: world size / (tp x pp)."""
+    """Data-parallel replicas; `auto`: world size / (tp x pp x cp)."""
     tp: int = Field(default=1, ge=1)
     """Tensor-parallel size."""
     pp: int = Field(default=1, ge=1)
@@ -19,6 +19,12 @@ class ParallelSection(Section):
     more."""
     stage_layers: list[Annotated[int, Field(ge=0)]] | None = None
     """Layers of each of the pp x vpp stages in model order, for uneven ones; None: as many in each."""
+    cp: int = Field(default=1, ge=1)
+    """Context-parallel size: the tokens of every sequence are spread over so many ranks, each of which attends to all
+    of them. For sequences whose activations do not fit one rank."""
+    ep: int = Field(default=1, ge=1)
+    """Expert-parallel size: the experts of a mixture are spread over so many of the dp x cp ranks, and tokens go to
+    where their experts are."""
     sequence_parallel: bool = False
     """Shard activations between tensor-parallel regions along the sequence."""
     distributed_optimizer: bool = True
@@ -27,6 +33,11 @@ class ParallelSection(Section):
     """Token budget of one micro-batch; one response longer than this makes a micro-batch of its own."""
     share_prefix: Literal["auto"] | bool = "auto"
     """Compute a prompt's rows once for all its responses in a micro-batch. `auto`: where attention allows it."""
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one replica of the policy together: tp x pp x cp."""
+        return self.tp * self.pp * self.cp
 
     @rule("pp", "vpp")
     def _interleaved(self) -> str | None:

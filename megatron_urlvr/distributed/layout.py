@@ -26,8 +26,8 @@ CONTROL_TIMEOUT = datetime.timedelta(minutes=30)
 class Layout:
     """Sizes and ranks of this process, and the gloo groups that ranks meet on outside the model.
 
-    A *replica* is the set of tp x pp ranks that hold one copy of the policy. Its *leader* (tp rank 0 of the first
-    pipeline stage) speaks with engines.
+    A *replica* is the set of tp x pp x cp ranks that work on the same rows; each of its cp ranks has a copy of the
+    policy. Its *leader* (tp and cp rank 0 of the first pipeline stage) speaks with engines.
     """
 
     device: torch.device
@@ -37,6 +37,10 @@ class Layout:
     tp_rank: int
     pp: int
     pp_rank: int
+    cp: int
+    cp_rank: int
+    ep: int
+    ep_rank: int
     dp: int
     dp_rank: int
     control: Any
@@ -52,6 +56,10 @@ class Layout:
     pipeline_ranks: tuple[int, ...]
     tensor: Any
     """Tensor-parallel group."""
+    context: Any
+    """Context-parallel group: the ranks that hold the other tokens of this one's sequences."""
+    experts: Any
+    """Expert-parallel group: the ranks that hold the other experts of this one's layers."""
     peers: Any
     """gloo group of the ranks in this one's place of every replica, by dp rank."""
 
@@ -113,10 +121,22 @@ def start(
         else:  # alone: no port that another run on this machine might take, nothing left in the environment
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     mpu.destroy_model_parallel()
-    virtual = parallel.vpp if parallel.vpp > 1 else None
-    mpu.initialize_model_parallel(parallel.tp, parallel.pp, virtual_pipeline_model_parallel_size=virtual)
+    form_groups(parallel)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return _describe(mpu, chosen)
+
+
+def form_groups(parallel: ParallelSection) -> None:
+    """Megatron's process groups of a layout; data-parallel replicas are what the world has beyond `model_ranks`."""
+    from megatron.core import parallel_state as mpu
+
+    mpu.initialize_model_parallel(
+        parallel.tp,
+        parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+    )
 
 
 @contextmanager
@@ -150,10 +170,15 @@ def _describe(mpu: Any, device: torch.device) -> Layout:
     world, rank = dist.get_world_size(), dist.get_rank()
     tp, pp = mpu.get_tensor_model_parallel_world_size(), mpu.get_pipeline_model_parallel_world_size()
     dp = mpu.get_data_parallel_world_size()
-    place = (mpu.get_data_parallel_rank(), mpu.get_pipeline_model_parallel_rank(), mpu.get_tensor_model_parallel_rank())
-    places: list[Any] = [None] * world
+    ranks = (
+        mpu.get_data_parallel_rank(),
+        mpu.get_pipeline_model_parallel_rank(),
+        mpu.get_context_parallel_rank(),
+        mpu.get_tensor_model_parallel_rank(),
+    )
+    place = tuple(int(each) for each in ranks)
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-    table = torch.zeros(world, 3, dtype=torch.int64)
+    table = torch.zeros(world, len(place), dtype=torch.int64)
     table[rank] = torch.tensor(place)
     dist.all_reduce(table, group=control)
     places = [tuple(row) for row in table.tolist()]
@@ -166,9 +191,13 @@ def _describe(mpu: Any, device: torch.device) -> Layout:
         world_size=world,
         rank=rank,
         tp=tp,
-        tp_rank=place[2],
+        tp_rank=place[3],
         pp=pp,
         pp_rank=place[1],
+        cp=mpu.get_context_parallel_world_size(),
+        cp_rank=place[2],
+        ep=mpu.get_expert_model_parallel_world_size(),
+        ep_rank=mpu.get_expert_model_parallel_rank(),
         dp=dp,
         dp_rank=place[0],
         control=control,
@@ -178,6 +207,8 @@ def _describe(mpu: Any, device: torch.device) -> Layout:
         pipeline=mpu.get_pipeline_model_parallel_group(),
         pipeline_ranks=tuple(dist.get_process_group_ranks(mpu.get_pipeline_model_parallel_group())),
         tensor=mpu.get_tensor_model_parallel_group(),
+        context=mpu.get_context_parallel_group(),
+        experts=mpu.get_expert_model_parallel_group(),
         peers=mpu.get_data_parallel_group_gloo(),
     )
 

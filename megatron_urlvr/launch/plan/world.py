@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ...config.parallel import ParallelSection
-from ...distributed.layout import Layout
+from ...distributed.layout import Layout, form_groups
 from ...policy import model as policy_model
 
 META = torch.device("meta")
@@ -50,8 +50,7 @@ def pretended_rank(parallel: ParallelSection, *, rank: int, world_size: int) -> 
     try:
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(dist, "new_group", new_group))
-            virtual = parallel.vpp if parallel.vpp > 1 else None
-            mpu.initialize_model_parallel(parallel.tp, parallel.pp, virtual_pipeline_model_parallel_size=virtual)
+            form_groups(parallel)
             tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
             # What Megatron allocates on "the current device" goes to the meta device, and passes for CUDA's.
             seen_by_megatron = param_and_grad_buffer.torch
@@ -77,6 +76,10 @@ def _layout(mpu: Any, rank: int, world_size: int) -> Layout:
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         pp=mpu.get_pipeline_model_parallel_world_size(),
         pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        cp=mpu.get_context_parallel_world_size(),
+        cp_rank=mpu.get_context_parallel_rank(),
+        ep=mpu.get_expert_model_parallel_world_size(),
+        ep_rank=mpu.get_expert_model_parallel_rank(),
         dp=mpu.get_data_parallel_world_size(),
         dp_rank=mpu.get_data_parallel_rank(),
         control=everyone,
@@ -86,5 +89,7 @@ def _layout(mpu: Any, rank: int, world_size: int) -> Layout:
         pipeline=mpu.get_pipeline_model_parallel_group(),
         pipeline_ranks=(),
         tensor=mpu.get_tensor_model_parallel_group(),
+        context=mpu.get_context_parallel_group(),
+        experts=mpu.get_expert_model_parallel_group(),
         peers=everyone,
     )
