@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
 from .batch import PackedBatch, Segments
@@ -70,11 +71,15 @@ class PackedAttention(MegatronModule):
 
     Rows are gathered into `[N, Q]` tables of segments, attended, and scattered back; everything outside attention
     works on packed rows without padding. Memory: the gathered keys and values, `N * K * 2 g d` elements.
+
+    Under context parallelism queries are this rank's, and keys and values come from all of its group: one all-gather
+    forward, one reduce-scatter backward.
     """
 
     def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **kwargs: Any) -> None:
         super().__init__(config=config)
         self.scale = kwargs.get("softmax_scale") or 1 / math.sqrt(config.kv_channels)
+        self.context = kwargs["pg_collection"].cp
 
     def forward(
         self,
@@ -88,12 +93,15 @@ class PackedAttention(MegatronModule):
         attn_mask_type: Any = None,
         attention_bias: Any = None,
     ) -> torch.Tensor:
-        """query `[T, 1, h, d]`, key and value `[T, 1, g, d]` (or without the unit axis) -> `[T, 1, h * d]`."""
+        """query `[T, 1, h, d]`, key and value `[T, 1, g, d]` (or without the unit axis) -> `[T, 1, h * d]`. T: this
+        rank's rows."""
         batch = packed_seq_params.batch
         assert batch is not None
         heads, width = query.shape[-2:]
         q = query.reshape(query.shape[0], -1)
         kv = torch.cat((key.reshape(key.shape[0], -1), value.reshape(value.shape[0], -1)), -1)
+        if self.context.size() > 1:
+            kv = gather_from_sequence_parallel_region(kv, group=self.context)
         outputs = [self._attend(q, kv, table, heads, width) for table in batch.segments]
         # F.embedding is a row gather whose backward is a fast scatter-add.
         packed = F.embedding(batch.restore, torch.cat(outputs))

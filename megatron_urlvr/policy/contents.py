@@ -33,9 +33,9 @@ def fingerprint(policy: Policy) -> dict[str, Any]:
 
 
 def sizes(policy: Policy) -> list[int]:
-    """The layout: tp, pp, chunks a rank, dp."""
+    """The layout: tp, pp, chunks a rank, cp, dp."""
     layout = policy.layout
-    return [layout.tp, layout.pp, len(policy.chunks), layout.dp]
+    return [layout.tp, layout.pp, len(policy.chunks), layout.cp, layout.dp]
 
 
 def sharded_state(policy: Policy, *, loading: bool = False) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -22,6 +23,7 @@ from urlvr_kernels import lm_head_stats
 from ..config.parallel import ParallelSection
 from ..distributed.layout import Layout
 from .attention import PackedAttention, PackedRotaryEmbedding, PackedSequence
+from .batch import PackedBatch
 from .hf.families import Family, experts_of, rope_frequencies, rope_theta, shape_of
 
 
@@ -77,7 +79,7 @@ class PolicyModel(GPTModel):
             else self.output_layer.weight
         )
         tp = self.pg_collection.tp
-        return lm_head_stats(
+        stats = lm_head_stats(
             hidden_states.squeeze(1),
             weight,
             packed.batch.targets,
@@ -92,6 +94,38 @@ class PolicyModel(GPTModel):
             # Under Megatron's DDP the head adds its weight's gradient to the float32 buffer itself.
             wgrad="main_grad" if torch.is_grad_enabled() and hasattr(weight, "main_grad") else "autograd",
         )
+        return stats if packed.batch.own is None else self._of_all_ranks(stats, packed.batch)
+
+    def _of_all_ranks(self, stats: KernelStats, batch: PackedBatch) -> KernelStats:
+        """The statistics of all response tokens of a micro-batch on every context-parallel rank, so that a loss may
+        look at whole responses. `stats.loss`, the scalar of the one-pass head, remains that of this rank's tokens."""
+        names = self.head.outputs
+        own = torch.stack([getattr(stats, name) for name in names])
+        whole = FromContextRanks.apply(own, batch.own, sum(batch.lengths), self.pg_collection.cp)
+        return replace(stats, **dict(zip(names, whole.unbind(), strict=True)))
+
+
+class FromContextRanks(torch.autograd.Function):
+    """Statistics of the tokens of all context-parallel ranks, each of which is one rank's.
+
+    Every rank makes the whole loss of them and lets it flow back to its own tokens alone: together, the ranks'
+    gradients are the loss's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor, index: torch.Tensor, count: int, group: Any) -> torch.Tensor:
+        """`own` `[K, r]`, at `index` `[r]` among `count` tokens -> `[K, count]`, the same bits on every rank."""
+        ctx.save_for_backward(index)
+        whole = own.new_zeros(len(own), count)
+        whole[:, index] = own
+        dist.all_reduce(whole, group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """The gradient at this rank's tokens."""
+        (index,) = ctx.saved_tensors
+        return gradients[0][:, index], None, None, None
 
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -131,6 +165,7 @@ def transformer_config(
         use_cpu_initialization=not torch.cuda.is_available(),
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,

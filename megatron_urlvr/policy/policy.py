@@ -28,7 +28,7 @@ from ..distributed.layout import Layout, broadcast_json
 from ..types import TokenStats
 from .attention import PackedSequence
 from .balance import RowCost
-from .batch import PackedBatch, Row, fewer_microbatches, level_microbatches, pack, plan_microbatches
+from .batch import PackedBatch, Row, Share, fewer_microbatches, level_microbatches, pack, plan_microbatches
 from .hf.families import family_of
 from .hf.folder import read_config, write_folder
 from .model import Head, build_chunks, has_transformer_engine, parameters_of
@@ -74,7 +74,9 @@ class Policy:
         self.hf = read_config(model.path)
         family = family_of(self.hf, model.path)
         self.temperature = temperature
-        self.max_tokens = parallel.max_tokens_per_microbatch
+        self.max_tokens = parallel.max_tokens_per_microbatch * parallel.cp
+        """Of a micro-batch, over the ranks that share it."""
+        self.share = Share(layout.cp, layout.cp_rank)
         self.share_prefix = _share_prefix(parallel)
         self.cost = RowCost.of(self.hf)
         self.dtype = _dtype(model.dtype, layout.device)
@@ -201,7 +203,7 @@ class Policy:
         assert sums is not None
         if self.layout.dp > 1:
             sums = sums.cpu()
-            if not (self.layout.tp_rank == 0 and self.layout.pp_rank == 0):
+            if not self.layout.is_leader:  # all ranks of a replica have the same sums
                 sums.zero_()
             dist.all_reduce(sums, group=self.layout.control)
         return dict(zip(names, sums.tolist(), strict=True))
@@ -223,12 +225,12 @@ class Policy:
             plan += [[] for _ in range(-len(plan) % layout.pp)]
         if layout.pp > 1:
             plan = level_microbatches(rows, plan, share_prefix=self.share_prefix)
-        pad = layout.tp
-        batches = [pack(rows, part, share_prefix=self.share_prefix, pad_to=pad) for part in plan]
+        packing = partial(pack, rows, share_prefix=self.share_prefix, pad_to=layout.tp, share=self.share)
+        batches = [packing(part) for part in plan]
         if layout.pp > 1:
             # Stages exchange activations of one agreed shape: the shorter are padded, once they are as even as can be.
-            length = max(batch.tokens.shape[1] for batch in batches)
-            batches = [pack(rows, part, share_prefix=self.share_prefix, pad_to=pad, length=length) for part in plan]
+            length = max(batch.length for batch in batches)
+            batches = [packing(part, length=length) for part in plan]
         for chunk in self.chunks:
             chunk.head = head
         collected = get_forward_backward_func()(
@@ -236,7 +238,7 @@ class Policy:
             data_iterator=[iter(batches) for _ in self.chunks],
             model=list(self.trained if loss is not None else self.chunks),
             num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1],
+            seq_length=batches[0].length,
             micro_batch_size=1,
             forward_only=loss is None,
             collect_non_loss_data=loss is None,
@@ -249,8 +251,8 @@ class Policy:
         if loss is not None:
             batch.columns = _columns(rows, batch.index)
         batch = batch.to(self.layout.device)
-        if loss is not None:
-            batch.upstream = loss.upstream(_inputs(batch))
+        if loss is not None and (upstream := loss.upstream(_inputs(batch))) is not None:
+            batch.upstream = {name: batch.owned(gradient) for name, gradient in upstream.items()}
         output = model(batch.tokens, None, None, packed_seq_params=PackedSequence.of(batch))
         if loss is not None:
             return output, partial(_loss, loss, batch)

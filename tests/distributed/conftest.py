@@ -21,7 +21,7 @@ from megatron_urlvr.train import main as train
 HERE = Path(__file__).parent
 TIMEOUT_S = 500
 LAUNCHES: list[dict[str, dict[str, Any]]] = [
-    {"tp2": {"tp": 2}, "tp2_sp": {"tp": 2, "sequence_parallel": True}},
+    {"cp2": {"cp": 2}, "tp2": {"tp": 2}, "tp2_sp": {"tp": 2, "sequence_parallel": True}},
     {"pp2_vpp2": {"pp": 2, "vpp": 2}, "pp2_uneven": {"pp": 2, "stage_layers": [3, 1]}},
     {
         "pp2": {"pp": 2},
@@ -33,6 +33,8 @@ LAUNCHES: list[dict[str, dict[str, Any]]] = [
 OF_FOUR: dict[str, dict[str, Any]] = {
     "tp2_pp2": {"tp": 2, "pp": 2, "sequence_parallel": True},
     "tp2_dp2": {"tp": 2},
+    "cp2_pp2": {"cp": 2, "pp": 2},
+    "cp2_tp2": {"cp": 2, "tp": 2, "sequence_parallel": True, "share_prefix": False},
     "pp2_dp2": {"pp": 2},
 }
 """Layouts of four."""
