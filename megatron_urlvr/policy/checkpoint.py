@@ -197,8 +197,7 @@ def load(policy: Policy, path: Path) -> dict[str, Any]:
             part.optimizer.state.clear()
         policy.optimizer.megatron.reload_model_params()
     if policy.ema is not None:
-        for name, tensor in loaded["ema"].items():
-            policy.ema.tensors[name].copy_(tensor)
+        policy.ema.load(loaded["ema"])
     if json.loads((path / MANIFEST).read_text())["layout"] == sizes(policy):
         load_rng(path, layout.rank)
     trainer: dict[str, Any] = json.loads((path / TRAINER).read_text())

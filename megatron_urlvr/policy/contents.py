@@ -50,9 +50,9 @@ def sharded_state(policy: Policy, *, loading: bool = False) -> dict[str, Any]:
             _model_state(policy), is_loading=loading, metadata=dict(METADATA)
         )
     if policy.ema is not None:
-        state["ema"] = {}
+        state["ema"], averages = {}, policy.ema.tensors
         for chunk in policy.chunks:
-            state["ema"] |= _with_tensors(chunk, policy.ema.tensors)
+            state["ema"] |= _with_tensors(chunk, averages)
     return state
 
 

@@ -27,6 +27,7 @@ from ..config.parallel import ParallelSection
 from ..distributed.layout import Layout, broadcast_json
 from ..types import TokenStats
 from .attention import PackedSequence
+from .average import MovingAverage
 from .balance import RowCost
 from .batch import PackedBatch, Row, Share, fewer_microbatches, level_microbatches, pack, plan_microbatches
 from .hf.families import family_of
@@ -97,12 +98,14 @@ class Policy:
         if load_weights:
             self.weights.load(model.path)
         self.reference = Shadow(self.parameters) if keep_reference else None
-        self.ema = Shadow(self.parameters, decay=optim.ema_decay) if optim and optim.ema_decay else None
+        self.ema: MovingAverage | None = None
         self.optimizer: PolicyOptimizer | None = None
         self.trained: list[Any] = list(self.chunks)
         if optim is not None:
             self.trained = [wrap(chunk, distributed=distributed) for chunk in self.chunks]
             self.optimizer = PolicyOptimizer(optim, self.trained, distributed=distributed)
+            if optim.ema_decay:
+                self.ema = MovingAverage(self.parameters, self.optimizer, decay=optim.ema_decay)
         # The loss is normalised already: finish the gradient reduction, divide by nothing.
         self.chunks[0].config.finalize_model_grads_func = lambda model, num_tokens, **kwargs: finalize_model_grads(
             model, None, **kwargs
@@ -184,7 +187,7 @@ class Policy:
         metrics["train/grad_norm"] = self.optimizer.step(lr)
         metrics["train/lr"] = lr
         if self.ema is not None:
-            self.ema.track(self.parameters)
+            self.ema.track()
         return metrics
 
     def _reduce(self, found: list[dict[str, torch.Tensor]]) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,41 +127,32 @@ def local_name(name: str, *, experts: bool = False) -> str:
 
 
 class Shadow:
-    """A second set of weights beside the policy's: the reference, or an exponential moving average.
+    """Weights that stay as they are beside the policy's: the reference.
 
-    Tensors are float32 shards in host memory, one for each of this rank's parameters (`parameters_of`).
+    Tensors are float32 in host memory, one for each of this rank's parameters (`parameters_of`).
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], *, decay: float | None = None) -> None:
-        self.decay = decay
-        self.tensors = {name: _master(p).detach().float().cpu().clone() for name, p in parameters.items()}
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self.tensors = {name: parameter.detach().float().cpu().clone() for name, parameter in parameters.items()}
 
-    @torch.no_grad()
-    def track(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        """One EMA step: shadow = decay * shadow + (1 - decay) * masters."""
-        assert self.decay is not None
-        for name, parameter in parameters.items():
-            self.tensors[name].lerp_(_master(parameter).detach().float().cpu(), 1 - self.decay)
-
-    @contextmanager
-    def swapped_into(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[None]:
-        """Run with these weights in the model; the policy's own come back bit for bit, whatever happens inside.
-
-        `copy_` bumps tensor versions, so that caches of the head (its column sums) are made anew.
-        """
-        kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        try:
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(self.tensors[name])
-            yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(kept[name])
+    def swapped_into(self, parameters: Mapping[str, torch.nn.Parameter]) -> AbstractContextManager[None]:
+        """Run with these weights in the model; the policy's own come back bit for bit."""
+        return swapped(parameters, self.tensors.__getitem__)
 
 
-def _master(parameter: torch.Tensor) -> torch.Tensor:
-    """The optimizer's float32 master of a parameter, where this rank has all of it; else the parameter."""
-    main = getattr(parameter, "main_param", None)
-    return parameter if main is None or main.numel() != parameter.numel() else main.view(parameter.shape)
+@contextmanager
+def swapped(parameters: Mapping[str, torch.nn.Parameter], other: Callable[[str], torch.Tensor]) -> Iterator[None]:
+    """Run with `other` weights in the model; its own come back bit for bit, whatever happens inside.
+
+    `copy_` bumps tensor versions, so that caches of the head (its column sums) are made anew.
+    """
+    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(other(name))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(kept[name])

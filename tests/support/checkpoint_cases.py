@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from megatron_urlvr.config.optim import OptimSection
 from megatron_urlvr.config.parallel import ParallelSection
 from megatron_urlvr.config.root import Config
 from megatron_urlvr.distributed.exchange import my_share
-from megatron_urlvr.distributed.layout import Layout, joined
+from megatron_urlvr.distributed.layout import Layout, gather_json, joined
 from megatron_urlvr.policy import checkpoint
 from megatron_urlvr.policy.batch import Row
 from megatron_urlvr.policy.policy import Policy
@@ -24,9 +25,12 @@ from megatron_urlvr.policy.policy import Policy
 
 def check_checkpoint(config: Config, folder: Path) -> None:
     """Save and go on meanwhile; load into a new policy and into the old one and go on: the same bits, moments and EMA
-    too. A save that any one rank has no space for is told on all of them, and costs nothing."""
+    too, in float32 and in bfloat16. A save that any one rank has no space for is told on all of them, and costs
+    nothing."""
     with joined(config.parallel, seed=config.run.seed) as layout:
-        _check_checkpoint(config, layout, folder)
+        for dtype in ("float32", "bfloat16"):
+            model = config.model.model_copy(update={"dtype": dtype})
+            _check_checkpoint(config.model_copy(update={"model": model}), layout, folder / dtype)
 
 
 def _check_checkpoint(config: Config, layout: Layout, folder: Path) -> None:
@@ -43,8 +47,11 @@ def _check_checkpoint(config: Config, layout: Layout, folder: Path) -> None:
         policy.update(rows, loss, lr=1e-2)
     path = saving.finish()
     expected = _state(policy)
-    for rank in range(layout.world_size):
-        _check_full_disk(policy, folder, rank)
+    replicas = gather_json({name: _bits(each) for name, each in expected.items() if "ema/" in name}, layout.peers)
+    assert all(each == replicas[0] for each in replicas), "replicas hold other averages"
+    if policy.dtype == torch.float32:
+        for rank in range(layout.world_size):
+            _check_full_disk(policy, folder, rank)
     torch.manual_seed(99)
     for other in (make(), policy):
         assert checkpoint.newest_intact(other, folder) == (path, [])
@@ -55,6 +62,10 @@ def _check_checkpoint(config: Config, layout: Layout, folder: Path) -> None:
         assert found.keys() == expected.keys()
         different = [name for name in expected if not torch.equal(found[name], expected[name])]
         assert not different, f"after a load these differ: {different}"
+
+
+def _bits(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _check_full_disk(policy: Policy, folder: Path, rank: int) -> None:
