@@ -349,6 +349,25 @@ class _Sequence:
         self.positions += range(total - used)
 
 
+def packed_length(
+    rows: Sequence[Row], index: Sequence[int], *, share_prefix: bool, pad_to: int = 1, share: Share = WHOLE
+) -> int:
+    """Rows of all shares of what `pack` makes of these, unless it is told a greater length."""
+    prompts: set[tuple[int, ...]] = set()
+    used = 0
+    for row in (rows[i] for i in index):
+        segments = [len(row.prompt) + len(row.response) - 1]
+        if share_prefix:
+            segments = [0 if row.prompt in prompts else len(row.prompt), len(row.response) - 1]
+            prompts.add(row.prompt)
+        used += sum(_rounded(length, share.multiple) for length in segments)
+    return _rounded(used + 1, pad_to * share.multiple)
+
+
+def _rounded(number: int, multiple: int) -> int:
+    return number + -number % multiple
+
+
 def pack(
     rows: Sequence[Row],
     index: Sequence[int],
@@ -379,8 +398,7 @@ def pack(
             first = start + len(prompt)
         out_rows += [start + len(prompt) - 1, *range(first, first + len(inputs))]
         targets += rows[i].response
-    total = max(len(whole.tokens) + 1, length)
-    whole.pad(total + -total % (pad_to * share.multiple))
+    whole.pad(_rounded(max(len(whole.tokens) + 1, length), pad_to * share.multiple))
     places = _Places((whole.plain, whole.after), len(whole.tokens), share)
     tables = [table for kind in (whole.plain, whole.after) for table in _segment_tables(kind, places)]
     predicting = places.local(torch.tensor(out_rows, dtype=torch.int64))

@@ -12,6 +12,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import tee
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -29,7 +30,16 @@ from ..types import TokenStats
 from .attention import PackedSequence
 from .average import MovingAverage
 from .balance import RowCost
-from .batch import PackedBatch, Row, Share, fewer_microbatches, level_microbatches, pack, plan_microbatches
+from .batch import (
+    PackedBatch,
+    Row,
+    Share,
+    fewer_microbatches,
+    level_microbatches,
+    pack,
+    packed_length,
+    plan_microbatches,
+)
 from .hf.families import family_of
 from .hf.folder import read_config, write_folder
 from .model import Head, build_chunks, has_transformer_engine, parameters_of
@@ -228,20 +238,20 @@ class Policy:
             plan += [[] for _ in range(-len(plan) % layout.pp)]
         if layout.pp > 1:
             plan = level_microbatches(rows, plan, share_prefix=self.share_prefix)
-        packing = partial(pack, rows, share_prefix=self.share_prefix, pad_to=layout.tp, share=self.share)
-        batches = [packing(part) for part in plan]
-        if layout.pp > 1:
-            # Stages exchange activations of one agreed shape: the shorter are padded, once they are as even as can be.
-            length = max(batch.length for batch in batches)
-            batches = [packing(part, length=length) for part in plan]
+        packing: Any = {"share_prefix": self.share_prefix, "pad_to": layout.tp, "share": self.share}
+        # Stages exchange activations of one agreed shape: shorter micro-batches are padded to the longest.
+        lengths = [packed_length(rows, part, **packing) for part in plan]
+        length = max(lengths) if layout.pp > 1 else 0
+        # Packed one by one, as they are asked for: the device works on one while the next is made.
+        batches = tee((pack(rows, part, length=length, **packing) for part in plan), len(self.chunks))
         for chunk in self.chunks:
             chunk.head = head
         collected = get_forward_backward_func()(
             forward_step_func=partial(self._forward, rows, loss),
-            data_iterator=[iter(batches) for _ in self.chunks],
+            data_iterator=list(batches),
             model=list(self.trained if loss is not None else self.chunks),
-            num_microbatches=len(batches),
-            seq_length=batches[0].length,
+            num_microbatches=len(plan),
+            seq_length=max(lengths),
             micro_batch_size=1,
             forward_only=loss is None,
             collect_non_loss_data=loss is None,

@@ -13,9 +13,11 @@ from megatron_urlvr.policy import batch as module
 from megatron_urlvr.policy.batch import (
     PackedBatch,
     Row,
+    Share,
     fewer_microbatches,
     level_microbatches,
     pack,
+    packed_length,
     plan_microbatches,
 )
 
@@ -105,20 +107,19 @@ def test_levelling_leaves_a_pipeline_little_padding():
     assert used(level_microbatches(rows, plan, share_prefix=False)) > 0.97
 
 
-def attended(batch: PackedBatch, packed_row: int) -> list[int]:
-    """The packed rows that the attention of `packed_row` looks at, in the order of the keys."""
-    place = int(batch.restore[packed_row])
+def attended(batch: PackedBatch, row: int) -> list[tuple[int, int]]:
+    """(share, row) of all that the attention of a share's `row` looks at, in the order of the keys."""
+    place, rows = int(batch.restore[row]), batch.tokens.shape[1]
     for table in batch.segments:
         count, longest = table.queries.shape
         if place < count * longest:
             n, q = divmod(place, longest)
-            assert int(table.queries[n, q]) == packed_row
+            assert int(table.queries[n, q]) == row
             keys = table.gather[n]
-            if table.mask is None:
-                return keys[: q + 1].tolist()
-            return keys[table.mask.expand(count, -1, -1, -1)[n, 0, q]].tolist()
+            seen = keys[: q + 1] if table.mask is None else keys[table.mask.expand(count, -1, -1, -1)[n, 0, q]]
+            return [divmod(int(key), rows) for key in seen]
         place -= count * longest
-    raise AssertionError(f"row {packed_row} has no attention output")
+    raise AssertionError(f"row {row} has no attention output")
 
 
 @settings(STEADY, max_examples=70)
@@ -137,9 +138,45 @@ def test_every_prediction_sees_its_own_prompt_and_response_so_far_and_nothing_el
     for i in index:
         row = rows[i]
         for t in range(len(row.response)):
-            seen = attended(batch, next(out))
+            seen = [r for _, r in attended(batch, next(out))]
             assert [int(tokens[r]) for r in seen] == [*row.prompt, *row.response[:t]]
             assert [int(positions[r]) for r in seen] == list(range(len(row.prompt) + t))
+
+
+@settings(STEADY, max_examples=70)
+@given(some_rows(), st.booleans(), st.sampled_from([2, 3]), st.sampled_from([1, 2]), st.integers(0, 80))
+def test_shares_of_context_parallel_ranks_see_the_same_and_are_equally_large(
+    rows: list[Row], share_prefix: bool, size: int, pad_to: int, length: int
+):
+    packing = {"share_prefix": share_prefix, "pad_to": pad_to}
+    shares = [pack(rows, range(len(rows)), length=length, share=Share(size, k), **packing) for k in range(size)]
+    least = packed_length(rows, range(len(rows)), share=Share(size, 0), **packing)
+    wanted = [(row, t) for row in rows for t in range(len(row.response))]
+    made: list[int] = []
+    for batch in shares:
+        assert batch.tokens.shape[1] == batch.length // size
+        assert batch.tokens.shape[1] % pad_to == 0
+        assert least <= batch.length < max(least, length) + 2 * size * pad_to
+        assert batch.own is not None
+        made += batch.own.tolist()
+        for k, out, target in zip(batch.own.tolist(), batch.out_rows.tolist(), batch.targets.tolist(), strict=True):
+            row, t = wanted[k]
+            assert target == row.response[t]
+            seen = attended(batch, out)
+            assert [int(shares[s].tokens[0, r]) for s, r in seen] == [*row.prompt, *row.response[:t]]
+            assert [int(shares[s].positions[r]) for s, r in seen] == list(range(len(row.prompt) + t))
+        filled = torch.cat([table.rows for table in batch.segments])
+        assert sorted(filled.tolist()) == list(range(batch.tokens.shape[1]))
+    assert sorted(made) == list(range(len(wanted)))
+
+
+def test_causal_attention_costs_all_shares_alike():
+    lengths = torch.tensor([24, 48])
+    for size in (2, 3):
+        costs = {
+            int((offsets + 1)[there].sum()) for offsets, there in (Share(size, k).offsets(lengths) for k in range(size))
+        }
+        assert len(costs) == 1
 
 
 @settings(STEADY, max_examples=70)
@@ -149,7 +186,8 @@ def test_each_packed_row_has_one_attention_output_and_padding_is_looked_at_by_pa
 ):
     length -= length % pad_to
     batch = pack(rows, range(len(rows)), share_prefix=share_prefix, pad_to=pad_to, length=length)
-    total = batch.tokens.shape[1]
+    total = batch.length
+    assert total >= packed_length(rows, range(len(rows)), share_prefix=share_prefix, pad_to=pad_to)
     used = tokens_needed(rows, share_prefix=share_prefix)
     assert total % pad_to == 0
     assert total >= max(length, used + 1)
@@ -161,7 +199,7 @@ def test_each_packed_row_has_one_attention_output_and_padding_is_looked_at_by_pa
     filled = torch.cat([table.rows for table in batch.segments])
     assert sorted(filled.tolist()) == list(range(total))
     for packed_row in range(total):
-        seen = attended(batch, packed_row)
+        seen = [row for _, row in attended(batch, packed_row)]
         assert len(seen) == len(set(seen))
         assert packed_row in seen
         assert max(seen) < used if packed_row < used else min(seen) >= used

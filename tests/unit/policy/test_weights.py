@@ -1,6 +1,5 @@
 """Reference and EMA weights beside the policy's."""
 
-
 import pytest
 import torch
 from tiny_models import hf_model, oracle_stats, random_rows
