@@ -32,10 +32,15 @@ def learning_rate(section: OptimSection, update: int, total: int) -> float:
     return section.min_lr + (section.lr - section.min_lr) * left
 
 
-def wrap(model: PolicyModel, *, distributed: bool) -> DistributedDataParallel:
-    """Megatron's DDP: contiguous float32 gradient buffers, summed (not averaged) over data-parallel ranks."""
+def wrap(model: PolicyModel, *, distributed: bool, overlap: bool = False) -> DistributedDataParallel:
+    """Megatron's DDP: contiguous float32 gradient buffers, summed (not averaged) over data-parallel ranks, with
+    `overlap` in several buckets as they get ready.
+
+    Gathering parameters is never put off to the next forward (`overlap_param_gather`): what comes after a step is the
+    export of all weights.
+    """
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=distributed
+        grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, use_distributed_optimizer=distributed
     )
     return DistributedDataParallel(model.config, config, model)
 

@@ -112,7 +112,11 @@ class Policy:
         self.optimizer: PolicyOptimizer | None = None
         self.trained: list[Any] = list(self.chunks)
         if optim is not None:
-            self.trained = [wrap(chunk, distributed=distributed) for chunk in self.chunks]
+            overlap = parallel.overlap_grad_reduce
+            self.trained = [wrap(chunk, distributed=distributed, overlap=overlap) for chunk in self.chunks]
+            if overlap:  # reduced once, with the last micro-batch
+                waiting = [chunk.no_sync for chunk in self.trained]
+                self.chunks[0].config.no_sync_func = waiting if len(waiting) > 1 else waiting[0]
             self.optimizer = PolicyOptimizer(optim, self.trained, distributed=distributed)
             if optim.ema_decay:
                 self.ema = MovingAverage(self.parameters, self.optimizer, decay=optim.ema_decay)

@@ -25,7 +25,7 @@ LAUNCHES: list[dict[str, dict[str, Any]]] = [
     {"pp2_vpp2": {"pp": 2, "vpp": 2}, "pp2_uneven": {"pp": 2, "stage_layers": [3, 1]}},
     {
         "pp2": {"pp": 2},
-        "dp2": {"dp": 2},
+        "dp2": {"dp": 2, "overlap_grad_reduce": True},
         "dp2_plain": {"dp": 2, "distributed_optimizer": False},
     },
 ]
@@ -35,17 +35,17 @@ OF_FOUR: dict[str, dict[str, Any]] = {
     "tp2_dp2": {"tp": 2},
     "cp2_pp2": {"cp": 2, "pp": 2},
     "cp2_tp2": {"cp": 2, "tp": 2, "sequence_parallel": True, "share_prefix": False},
-    "pp2_dp2": {"pp": 2},
+    "pp2_dp2": {"pp": 2, "overlap_grad_reduce": True},
 }
 """Layouts of four."""
 LENGTHS: list[dict[str, dict[str, Any]]] = [
     {},
     {"pp2_vpp2": {"pp": 2, "vpp": 2}, "pp2_vpp2_unpadded": {"pp": 2, "vpp": 2}},
-    {"pp2": {"pp": 2}, "pp2_unpadded": {"pp": 2}, "dp2": {"dp": 2}},
+    {"pp2": {"pp": 2}, "pp2_unpadded": {"pp": 2}, "dp2": {"dp": 2, "overlap_grad_reduce": True}},
 ]
 """Layouts of two that train on rows of very different lengths, for each start; and what Megatron-Core's pipelines make
 of micro-batches that are not padded to one length."""
-LENGTHS_OF_FOUR: dict[str, dict[str, Any]] = {"dp4": {}, "pp2_dp2": {"pp": 2}}
+LENGTHS_OF_FOUR: dict[str, dict[str, Any]] = {"dp4": {}, "pp2_dp2": {"pp": 2, "overlap_grad_reduce": True}}
 """The same of four."""
 
 
