@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from megatron_urlvr.commands import groups
-from megatron_urlvr.commands.arguments import Checkpoint, ConfigFile, Overrides
+from megatron_urlvr.commands.arguments import Checkpoint, ConfigFile, Overrides, StudyDryRun
 from megatron_urlvr.commands.launch import app as launch_app
 from megatron_urlvr.distributed.ranks import adopt_srun
 from megatron_urlvr.exit_codes import DISK_FULL, ExitCode, UnusableInput
@@ -108,15 +108,22 @@ def study(
     grid: Annotated[Path, typer.Argument(help="A study's YAML file.", metavar="STUDY")],
     overrides: Overrides = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once. Without it: as the study says.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Report on what is there, and run nothing.")] = False,
+    dry_run: StudyDryRun = False,
 ) -> None:
     """Run a list of configs, one report on all of them. Continues where it was interrupted."""
     from megatron_urlvr.config.loader import load_config
     from megatron_urlvr.config.study import StudyConfig
 
     loaded = load_config(grid, overrides or [], StudyConfig)
-    from megatron_urlvr.analysis.study import run_study
+    from megatron_urlvr.analysis import study
 
-    raise typer.Exit(run_study(loaded, grid, jobs))
+    if dry_run:
+        print(*study.commands_of(loaded, grid), sep="\n")
+    elif report:
+        study.report_study(loaded, grid)
+    else:
+        raise typer.Exit(study.run_study(loaded, grid, jobs))
 
 
 @app.command()
@@ -168,12 +175,18 @@ def mcs(
     overrides: Overrides = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once. Without it: as the file says.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure what is there, and train nothing.")] = False,
+    dry_run: StudyDryRun = False,
 ) -> None:
     """Measure the Model Collapse Step of base policies. Continues where it was interrupted."""
     from megatron_urlvr.config.loader import load_config
     from megatron_urlvr.config.mcs import McsConfig
 
     loaded = load_config(config, overrides or [], McsConfig)
+    if dry_run:
+        from megatron_urlvr.analysis.study import commands_of
+
+        print(*commands_of(loaded.study(), config), sep="\n")
+        return
     from megatron_urlvr.commands.mcs import measure as run
 
     raise typer.Exit(run(loaded, config, jobs, train=not measure))

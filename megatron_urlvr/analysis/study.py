@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,22 @@ def run_study(config: StudyConfig, path: Path, jobs: int | None = None, *, cli: 
         log = f"; log: {scheduler.jobs[name].log}" if outcome.exit_code is not None else ""
         print(f"{name} {outcome.state}: {outcome.reason}{log}", file=sys.stderr)
     return int(ExitCode.FAILED if failed else ExitCode.DONE)
+
+
+def report_study(config: StudyConfig, path: Path) -> None:
+    """Report on the runs that are there, however they were started. UnusableInput when there is none."""
+    plan = plan_study(config, path)
+    if not any(RunDir(run.folder).config.exists() for run in plan.runs):
+        raise UnusableInput(f"dir = {config.dir}: none of the study's runs is there yet to report on.")
+    _report(config, plan, {})
+
+
+def commands_of(config: StudyConfig, path: Path) -> list[str]:
+    """What `run_study` would start, bases first, as commands for a shell: for runs that a cluster is to make."""
+    plan = plan_study(config, path)
+    waiting = [run for run in plan.runs if not is_done(run)]
+    jobs = study_jobs(plan.bases, waiting, Path(config.dir) / "logs", ("urlvr",))
+    return [shlex.join(job.command) for job in jobs]
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------------

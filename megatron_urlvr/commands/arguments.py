@@ -15,3 +15,6 @@ Overrides = Annotated[
 Checkpoint = Annotated[
     str | None, typer.Option(help="Checkpoint of the run, such as step_000050. Without it: model.path.")
 ]
+StudyDryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the commands of what is not done yet, and run nothing.")
+]

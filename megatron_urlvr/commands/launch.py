@@ -30,7 +30,9 @@ class Where(StrEnum):
 app = typer.Typer(help="Hand a run to a cluster.", no_args_is_help=True)
 
 Nodes = Annotated[int, typer.Option(min=1, help="Nodes of the trainer.")]
-Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks on each node. Without it: one a GPU.")]
+Ranks = Annotated[
+    int | None, typer.Option(min=1, help="Ranks on each node. Without it: those of the layout, else one a GPU.")
+]
 Gpus = Annotated[int, typer.Option(min=0, help="GPUs of each node; 0: the job asks for none.")]
 RolloutNodes = Annotated[int, typer.Option(min=0, help="Further nodes for rollout servers alone.")]
 Time = Annotated[str, typer.Option(help="Time limit: minutes, HH:MM:SS or D-HH:MM:SS.")]
@@ -67,18 +69,24 @@ def slurm(
     dry_run: DryRun = False,
 ) -> None:
     """Write a run's batch script into its folder and submit it."""
+    from megatron_urlvr.config.loader import load_config
+    from megatron_urlvr.launch.needs import needs_of
+    from megatron_urlvr.launch.needs import ranks_per_node as of_layout
     from megatron_urlvr.launch.slurm import SlurmJob, evaluation_of, render, submit, write
 
-    loaded = _checked(config, overrides or [], nodes * (ranks_per_node or gpus_per_node or 1), gpus_per_node)
+    loaded = load_config(config, overrides or [])
+    needs = needs_of(config, overrides or [])
+    ranks = ranks_per_node or of_layout(needs, nodes, gpus_per_node)
+    _refuse_misfit(loaded, nodes * ranks, gpus_per_node)
     job = SlurmJob(
         name=loaded.run.name,
         arguments=tuple(map(shlex.quote, [str(config), *(overrides or [])])),
         run_dir=loaded.run.dir,
         nodes=nodes,
-        ranks_per_node=ranks_per_node or gpus_per_node or 1,
+        ranks_per_node=ranks,
         gpus_per_node=gpus_per_node,
         rollout_nodes=rollout_nodes,
-        servers=_own_servers(loaded) and not rollout_nodes,
+        servers=needs.servers and not rollout_nodes,
         time=time,
         signal_s=signal_s,
         partition=partition,
@@ -123,20 +131,19 @@ def nemo(
     detach: Annotated[bool, typer.Option("--detach", help="Return when the job is submitted.")] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Launch a run with NeMo-Run, and wait for it. The config is read by the job, not here."""
+    """Launch a run with NeMo-Run, and wait for it. The job checks the config; here only what it needs is read."""
     from megatron_urlvr.launch import nemo
 
     recipe = nemo.Recipe(str(config), list(overrides or []))
     if executor is Where.LOCAL:
         if rollout_nodes or nodes > 1:
             raise UnusableInput("--nodes and --rollout-nodes need --executor slurm: this machine is one node.")
-        made = nemo.experiment(recipe, nemo.build(nemo.local(ranks_per_node or 1)))
+        made = nemo.experiment(recipe, nemo.build(nemo.local(ranks_per_node or nemo.AS_LAYOUT)))
     else:
         own: dict[str, Any] = {"account": account, "partition": partition or None, "time": time, "signal_s": signal_s}
         own |= {"gpus_per_node": gpus_per_node, "image": image or None, "restarts": restarts}
-        ranks = ranks_per_node or gpus_per_node or 1
-        trainer = nemo.build(nemo.slurm(nodes=nodes, ranks_per_node=ranks, **own))
-        servers = nemo.build(nemo.slurm(nodes=rollout_nodes, ranks_per_node=1, **own)) if rollout_nodes else None
+        trainer = nemo.build(nemo.slurm(nodes=nodes, ranks=ranks_per_node or nemo.AS_LAYOUT, **own))
+        servers = nemo.build(nemo.slurm(nodes=rollout_nodes, **own)) if rollout_nodes else None
         made = nemo.experiment(recipe, trainer, servers)
     states = nemo.launch(made, detach=detach, dry_run=dry_run)
     typer.echo(" ".join(states))
@@ -144,25 +151,18 @@ def nemo(
         raise typer.Exit(int(ExitCode.FAILED))
 
 
-def _own_servers(config: Config) -> bool:
-    return config.rollout.engine == "sglang" and not config.servers.policy.urls
-
-
-def _checked(file: Path, overrides: list[str], ranks: int, gpus: int) -> Config:
-    """The config, if `ranks` processes can train it. UnusableInput says what keeps them from it."""
+def _refuse_misfit(config: Config, ranks: int, gpus: int) -> None:
+    """ConfigError says what keeps `ranks` processes from training it."""
     from megatron_urlvr.config.checks import check
     from megatron_urlvr.config.errors import ConfigError
-    from megatron_urlvr.config.loader import load_config
     from megatron_urlvr.policy.hf.folder import read_config
 
-    config = load_config(file, overrides)
     if not (Path(config.model.path) / "config.json").exists():
         print(f"model.path = {config.model.path} is not here: its layout is not checked.", file=sys.stderr)
-        return config
+        return
     device: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
     problems = check(
         config, world_size=ranks, hf_config=read_config(config.model.path), tokenizer_size=None, device=device
     )
     if problems:
         raise ConfigError(problems)
-    return config

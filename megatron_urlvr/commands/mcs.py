@@ -29,8 +29,14 @@ from megatron_urlvr.exit_codes import ExitCode, UnusableInput
 from megatron_urlvr.run.folder import RunDir, write_bytes, write_json
 
 ALL_DEFINITIONS = (*DEFINITIONS, LABEL_FREE)
+PAPER, SMOOTHED = "paper", "smoothed"
+PAPERS_RULE = {"smoothing": 1, "persistence": 1}
 Runs = dict[tuple[str, str, int | None], RunRecord]
 """(setting, policy, seed) -> run."""
+Replicate = tuple[str, int | None]
+"""(policy, seed)."""
+Gains = Mapping[Replicate, Mapping[str, float]]
+"""Gains of each policy and seed, by name."""
 
 
 def measure(config: McsConfig, path: Path, jobs: int | None, *, train: bool = True) -> int:
@@ -72,48 +78,56 @@ def _runs(config: McsConfig, path: Path) -> Runs:
 
 
 def compare(config: McsConfig, runs: Runs) -> dict[str, Any]:
-    """Steps of every run under every definition, means over seeds, and concordance with gains. JSON-able."""
-    rule: dict[str, Any] = {"smoothing": config.smoothing, "persistence": config.persistence}
+    """Steps of every run under every rule and definition, means over seeds, and concordance with gains. JSON-able."""
     gains = _gains(config, runs)
-    found: dict[str, Any] = {
+    return {
         "threshold": config.threshold,
-        **rule,
         "definitions": {**DEFINITIONS, LABEL_FREE: "onset of monitor.collapse, default settings"},
         "gains": [{"policy": p, "seed": s, **each} for (p, s), each in gains.items()],
-        "settings": {},
+        "rules": {
+            name: {**rule, "settings": {each: _compared(config, runs, gains, each, rule) for each in config.settings}}
+            for name, rule in rules_of(config).items()
+        },
     }
-    for setting in config.settings:
-        mine = {(policy, seed): run for (name, policy, seed), run in runs.items() if name == setting}
-        steps: dict[str, dict[tuple[str, int | None], CollapseStep]] = {name: {} for name in ALL_DEFINITIONS}
-        listed = []
-        for (policy, seed), run in mine.items():
-            each = {name: collapse_step(run, name, threshold=config.threshold, **rule) for name in ALL_DEFINITIONS}
-            for name, step in each.items():
-                if step is not None:
-                    steps[name][policy, seed] = step
-            listed.append(
-                {
-                    "policy": policy,
-                    "seed": seed,
-                    "folder": str(run.path),
-                    "steps": {name: _jsonable(step) for name, step in each.items()},
-                    "sweep": threshold_sweep(run, config.sweep, **rule),
-                }
-            )
-        found["settings"][setting] = {
-            "runs": listed,
-            "policies": {name: _means(config, steps[name]) for name in ALL_DEFINITIONS},
-            "concordance": {
-                name: {gain: asdict(each) for gain, each in _concordances(steps[name], gains).items()}
-                for name in ALL_DEFINITIONS
-            },
-        }
-    return found
 
 
-def _gains(config: McsConfig, runs: Runs) -> dict[tuple[str, int | None], dict[str, float]]:
-    """Gains of each policy and seed, by name."""
-    out: dict[tuple[str, int | None], dict[str, float]] = {}
+def rules_of(config: McsConfig) -> dict[str, dict[str, int]]:
+    """What counts as below the threshold: the paper's rule always, and the config's own where it is another."""
+    own = {"smoothing": config.smoothing, "persistence": config.persistence}
+    return {PAPER: PAPERS_RULE} if own == PAPERS_RULE else {PAPER: PAPERS_RULE, SMOOTHED: own}
+
+
+def _compared(config: McsConfig, runs: Runs, gains: Gains, setting: str, rule: Mapping[str, int]) -> dict[str, Any]:
+    """One setting's runs under one rule."""
+    mine = {(policy, seed): run for (name, policy, seed), run in runs.items() if name == setting}
+    steps: dict[str, dict[Replicate, CollapseStep]] = {name: {} for name in ALL_DEFINITIONS}
+    listed = []
+    for (policy, seed), run in mine.items():
+        each = {name: collapse_step(run, name, threshold=config.threshold, **rule) for name in ALL_DEFINITIONS}
+        for name, step in each.items():
+            if step is not None:
+                steps[name][policy, seed] = step
+        listed.append(
+            {
+                "policy": policy,
+                "seed": seed,
+                "folder": str(run.path),
+                "steps": {name: _jsonable(step) for name, step in each.items()},
+                "sweep": threshold_sweep(run, config.sweep, **rule),
+            }
+        )
+    return {
+        "runs": listed,
+        "policies": {name: _means(config, steps[name]) for name in ALL_DEFINITIONS},
+        "concordance": {
+            name: {gain: asdict(each) for gain, each in _concordances(steps[name], gains).items()}
+            for name in ALL_DEFINITIONS
+        },
+    }
+
+
+def _gains(config: McsConfig, runs: Runs) -> Gains:
+    out: dict[Replicate, dict[str, float]] = {}
     for (setting, policy, seed), run in runs.items():
         mine = out.setdefault((policy, seed), {})
         if setting == SUPERVISED and (gain := supervised_gain(run, config.eval_set)) is not None:
@@ -123,7 +137,7 @@ def _gains(config: McsConfig, runs: Runs) -> dict[tuple[str, int | None], dict[s
     return out
 
 
-def _means(config: McsConfig, steps: Mapping[tuple[str, int | None], CollapseStep]) -> dict[str, dict[str, Any]]:
+def _means(config: McsConfig, steps: Mapping[Replicate, CollapseStep]) -> dict[str, dict[str, Any]]:
     out = {}
     for policy in config.policies:
         mine = [step for (name, _), step in steps.items() if name == policy]
@@ -134,9 +148,7 @@ def _means(config: McsConfig, steps: Mapping[tuple[str, int | None], CollapseSte
     return out
 
 
-def _concordances(
-    steps: Mapping[tuple[str, int | None], CollapseStep], gains: Mapping[tuple[str, int | None], Mapping[str, float]]
-) -> dict[str, Any]:
+def _concordances(steps: Mapping[Replicate, CollapseStep], gains: Gains) -> dict[str, Any]:
     """Concordance with each gain over (policy, seed); clusters are seeds, since the snapshots of one seed come from one
     pretraining run; without seeds every policy is its own."""
     out = {}
@@ -163,20 +175,26 @@ def _finite(value: float) -> float | None:
 def text(found: Mapping[str, Any]) -> str:
     """The figures for people; `> 100` marks a run, or a mean over some, that did not get there."""
     lines = []
-    for setting, result in found["settings"].items():
-        lines.append(f"Model Collapse Steps, setting {setting}, below {found['threshold']:g}")
-        lines.append(f"  {'policy':<24}" + "".join(f"{name:>18}" for name in ALL_DEFINITIONS) + f"{'tokens':>14}")
-        policies = dict.fromkeys(run["policy"] for run in result["runs"])
-        for policy in policies:
-            cells = [_cell(result["policies"][name].get(policy)) for name in ALL_DEFINITIONS]
-            tokens = result["policies"]["reward_accuracy"].get(policy, {}).get("tokens")
-            shown = "-" if tokens is None else f"{tokens:,.0f}"
-            lines.append(f"  {policy:<24}" + "".join(f"{cell:>18}" for cell in cells) + f"{shown:>14}")
-        for name, by_gain in result["concordance"].items():
-            for gain, each in by_gain.items():
-                lines.append(f"  concordance of {name} with {gain}: {_concordance_text(each)}")
-        lines.append("")
+    for name, rule in found["rules"].items():
+        said = f"rule {name}: smoothing {rule['smoothing']}, persistence {rule['persistence']}"
+        for setting, result in rule["settings"].items():
+            lines.append(f"Model Collapse Steps, setting {setting}, below {found['threshold']:g}, {said}")
+            lines += [*_table(result), ""]
     return "\n".join(lines)
+
+
+def _table(result: Mapping[str, Any]) -> list[str]:
+    """Lines on one setting under one rule."""
+    lines = [f"  {'policy':<24}" + "".join(f"{name:>18}" for name in ALL_DEFINITIONS) + f"{'tokens':>14}"]
+    for policy in dict.fromkeys(run["policy"] for run in result["runs"]):
+        cells = [_cell(result["policies"][name].get(policy)) for name in ALL_DEFINITIONS]
+        tokens = result["policies"]["reward_accuracy"].get(policy, {}).get("tokens")
+        shown = "-" if tokens is None else f"{tokens:,.0f}"
+        lines.append(f"  {policy:<24}" + "".join(f"{cell:>18}" for cell in cells) + f"{shown:>14}")
+    for name, by_gain in result["concordance"].items():
+        for gain, each in by_gain.items():
+            lines.append(f"  concordance of {name} with {gain}: {_concordance_text(each)}")
+    return lines
 
 
 def _cell(mean: Mapping[str, Any] | None) -> str:
@@ -195,9 +213,11 @@ def _concordance_text(each: Mapping[str, Any]) -> str:
 
 
 def figure(config: McsConfig, runs: Runs, found: Mapping[str, Any]) -> bytes:
-    """Reward accuracy over steps, and steps against the gain (arrows where censored), a row a setting."""
+    """Reward accuracy over steps, and steps under the config's rule against the gain (arrows where censored), a row a
+    setting."""
     from matplotlib.figure import Figure
 
+    measured = list(found["rules"].values())[-1]["settings"]
     drawn = Figure(figsize=(10, 3.4 * len(config.settings)), layout="constrained")
     grid = drawn.subplots(len(config.settings), 2, squeeze=False)
     for (curves, scatter), setting in zip(grid, config.settings, strict=True):
@@ -209,7 +229,7 @@ def figure(config: McsConfig, runs: Runs, found: Mapping[str, Any]) -> bytes:
         curves.axhline(config.threshold, color="0.4", ls=":", lw=1)
         curves.set(xlabel="step", ylabel="reward accuracy of the vote", title=setting, ylim=(-0.02, 1.02))
         curves.legend(frameon=False, fontsize=7)
-        _scatter(scatter, config, found["settings"][setting]["runs"], found["gains"])
+        _scatter(scatter, config, measured[setting]["runs"], found["gains"])
     target = io.BytesIO()
     drawn.savefig(target, format="png", dpi=130)
     return target.getvalue()

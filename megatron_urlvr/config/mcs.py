@@ -23,6 +23,8 @@ class McsConfig(Section):
     """Base policies to pretrain, as in a study."""
     policies: dict[str, str] = Field(min_length=1)
     """Policies to compare, by name: `<base>/<snapshot>` of `bases`, or a Hugging Face folder."""
+    policy_overrides: dict[str, list[str]] = Field(default_factory=dict)
+    """Overrides for single policies, by name, such as a prompt template for one whose tokenizer has none."""
     settings: dict[str, list[str]] = Field(default={"default": []}, min_length=1)
     """Overrides by name: the paper compares a default setting and an aggressive one (`algorithm.mini_batch=1`)."""
     supervised: list[str] = Field(default_factory=list)
@@ -36,9 +38,9 @@ class McsConfig(Section):
     sweep: list[float] = Field(default_factory=lambda: [0.005, 0.01, 0.02, 0.05, 0.1, 0.2])
     """Thresholds whose steps are listed too."""
     smoothing: int = Field(default=1, ge=1)
-    """Mean over so many steps before the comparison; 1 is the paper's rule."""
+    """Mean over so many steps before the comparison; 1 is the paper's rule, which is measured in any case."""
     persistence: int = Field(default=1, ge=1)
-    """So many steps in a row must be below; 1 is the paper's rule."""
+    """So many steps in a row must be below; 1 is the paper's rule, which is measured in any case."""
     eval_set: str = "held_out"
     """Evaluation set of the gains."""
 
@@ -46,6 +48,12 @@ class McsConfig(Section):
     def _settings_are_named(self) -> str | None:
         if SUPERVISED in self.settings:
             return f"settings.{SUPERVISED}: this name is that of the runs with labels; choose another"
+        return None
+
+    @rule("policies", "policy_overrides")
+    def _policies_are_there(self) -> str | None:
+        if unknown := [name for name in self.policy_overrides if name not in self.policies]:
+            return f"policy_overrides.{unknown[0]}: there is no such policy; policies are {', '.join(self.policies)}"
         return None
 
     def study(self) -> StudyConfig:
@@ -72,6 +80,6 @@ class McsConfig(Section):
         return StudyRun(
             config=self.config,
             base=source if made else None,
-            overrides=[*overrides, *model],
+            overrides=[*self.policy_overrides.get(policy, []), *overrides, *model],
             label=f"{policy}, {setting}",
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..exit_codes import UnusableInput
+from .needs import Needs, needs_of, ranks_per_node
 
 try:
     import fiddle as fdl
@@ -38,17 +39,43 @@ class Recipe:
     """Settings laid over it: `key=value`."""
 
 
+ONE_NODE = "4 GPUs train and 4 serve."
 RECIPES = {
     "quickstart": ("configs/quickstart.yaml", "The small policy that learns from its own certainty, on CPUs."),
     "quickstart_sglang": (
         "configs/quickstart_sglang.yaml",
         "The same with rollouts from SGLang servers: give it a rollout executor.",
     ),
-    "paper_majority_vote": (
-        "configs/recipes/paper/majority_vote.yaml",
-        "Majority voting on Qwen3-1.7B-Base and DAPO-17k.",
+    **{
+        f"paper_{reward}": (
+            f"configs/recipes/paper/{reward}.yaml",
+            f"{about} on Qwen3-1.7B-Base and DAPO-17k; {ONE_NODE}",
+        )
+        for reward, about in {
+            "majority_vote": "Majority voting",
+            "self_certainty": "Self-certainty",
+            "token_entropy": "Token entropy",
+            "trajectory_entropy": "Trajectory entropy",
+            "probability": "Probability",
+            "ground_truth": "Labels",
+        }.items()
+    },
+    "ttrl": (
+        "configs/recipes/ttrl.yaml",
+        f"Test-time training with 64 votes, 32 of them trained on; {ONE_NODE}",
     ),
-    "ttrl": ("configs/recipes/ttrl.yaml", "Test-time training with 64 votes, 32 of them trained on."),
+    "test_time": (
+        "configs/recipes/test_time.yaml",
+        f"Test-time training on AMC23, whole in every step; {ONE_NODE}",
+    ),
+    "small_set": ("configs/recipes/small_set.yaml", f"32 problems for 600 steps; {ONE_NODE}"),
+    "single_problem": ("configs/recipes/single_problem.yaml", f"One problem for 100 epochs; {ONE_NODE}"),
+    "mcs": ("configs/recipes/mcs.yaml", f"One run towards a Model Collapse Step, default setting; {ONE_NODE}"),
+    "mcs_aggressive": ("configs/recipes/mcs_aggressive.yaml", f"The same, aggressive setting; {ONE_NODE}"),
+    "countdown_self_verification": (
+        "configs/recipes/countdown/countdown_self_verification.yaml",
+        f"Countdown, paid by the policy's own verdict; {ONE_NODE}",
+    ),
     "qwen25_32b_4nodes": (
         "configs/recipes/qwen2.5-32b_4nodes.yaml",
         "Qwen2.5-32B on two nodes that train and two that serve.",
@@ -80,10 +107,14 @@ for _name, (_config, _about) in RECIPES.items():
     _register(_name, _config, _about)
 
 
+AS_LAYOUT = 0
+"""Ranks on a node, until `experiment` knows the recipe: those of its layout."""
+
+
 @run.cli.factory
-def local(ranks: int = 1) -> run.Config[run.Executor]:
-    """`ranks` processes on this machine."""
-    return run.Config(run.LocalExecutor, ntasks_per_node=ranks, launcher="torchrun" if ranks > 1 else None)
+def local(ranks: int = AS_LAYOUT) -> run.Config[run.Executor]:
+    """`ranks` processes on this machine; 0: as many as the recipe's layout has, else one."""
+    return run.Config(run.LocalExecutor, ntasks_per_node=ranks)
 
 
 @run.cli.factory
@@ -91,22 +122,23 @@ def slurm(
     account: str = "",
     partition: str | None = None,
     nodes: int = 1,
-    ranks_per_node: int = 8,
+    ranks: int = AS_LAYOUT,
     gpus_per_node: int = 8,
     time: str = "24:00:00",
     signal_s: int = 300,
     image: str | None = None,
     restarts: int = 10,
 ) -> run.Config[run.Executor]:
-    """`nodes` x `ranks_per_node` ranks of srun. A run that is warned `signal_s` seconds before its time limit saves and
-    is requeued, as it is after any failure, `restarts` times at most."""
+    """`ranks` of srun on each of `nodes`; 0: as the recipe's layout has them, else one a GPU. A run that is warned
+    `signal_s` seconds before its time limit saves and is requeued, as it is after any failure, `restarts` times at
+    most."""
     here = os.getcwd()
     return run.Config(
         run.SlurmExecutor,
         account=account,
         partition=partition,
         nodes=nodes,
-        ntasks_per_node=ranks_per_node,
+        ntasks_per_node=ranks,
         gpus_per_node=gpus_per_node or None,
         time=time,
         signal=f"USR1@{signal_s}",  # without "B:", which would warn the batch script alone
@@ -137,7 +169,15 @@ def serving(recipe: Recipe) -> run.Script:
 
 def experiment(recipe: Recipe, executor: run.Executor, rollout: run.SlurmExecutor | None = None) -> run.Experiment:
     """The experiment that trains `recipe` on `executor`; with `rollout` a heterogeneous Slurm job whose second group
-    serves rollouts. UnusableInput where the executors do not fit."""
+    serves rollouts. UnusableInput where the executors do not fit each other or the recipe."""
+    needs = needs_of(recipe.config, recipe.overrides)
+    _fit(needs, executor)
+    if needs.servers and rollout is None:
+        raise UnusableInput(
+            f"{recipe.config} takes rollouts from SGLang servers (rollout.engine), and this launch would start none: "
+            "give them nodes (--rollout-nodes, a rollout executor), name running ones in servers.pools.policy.urls, or "
+            "use `urlvr launch slurm`, which starts them on the trainer's own nodes."
+        )
     made = run.Experiment("urlvr")
     if rollout is None:
         with made:
@@ -154,12 +194,31 @@ def experiment(recipe: Recipe, executor: run.Executor, rollout: run.SlurmExecuto
     os.environ.setdefault(KEY, secrets.token_hex(32))
     hosts = '"$(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_1" | paste -sd,)"'
     executor.env_vars[SERVER_HOSTS] = hosts  # NeMo-Run writes it unquoted into the batch script
+    rollout.ntasks_per_node = 1  # a supervisor on each node
     for group in (executor, rollout):
         group.heterogeneous = True
     executor.wait_time_for_group_job, executor.monitor_group_job_wait_time = GROUP_WAIT_S, GROUP_WAIT_S
     with made:
         made.add([training(recipe, servers=True), serving(recipe)], executor=[executor, rollout], name="train")
     return made
+
+
+def _fit(needs: Needs, executor: run.Executor) -> None:
+    """Give the executor the ranks of the layout, where it does not say how many. UnusableInput where it says others."""
+    slurm = isinstance(executor, run.SlurmExecutor)
+    nodes = executor.nodes if slurm else 1
+    if executor.ntasks_per_node == AS_LAYOUT:
+        gpus = (executor.gpus_per_node or 0) if slurm else 0
+        executor.ntasks_per_node = ranks_per_node(needs, nodes, gpus)
+    started = nodes * executor.ntasks_per_node
+    if started != needs.ranks and (needs.ranks is not None or started % needs.replica):
+        raise UnusableInput(
+            f"the layout of the config (parallel.dp x tp x pp x cp) takes "
+            f"{needs.ranks or f'a multiple of {needs.replica}'} ranks, and {nodes} x {executor.ntasks_per_node} = "
+            f"{started} would be started: leave the number of ranks out, or change the layout."
+        )
+    if not slurm:
+        executor.launcher = "torchrun" if executor.ntasks_per_node > 1 else None
 
 
 def build(config: run.Config) -> Any:

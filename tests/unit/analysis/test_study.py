@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import fake_cli
 import pytest
 
-from megatron_urlvr.analysis.study import plan_study, run_study
+from megatron_urlvr.analysis.study import commands_of, plan_study, report_study, run_study
 from megatron_urlvr.config.errors import ConfigError
 from megatron_urlvr.config.loader import load_config, to_yaml
 from megatron_urlvr.config.study import StudyConfig
@@ -179,6 +180,26 @@ def test_ctrl_c_reaches_the_runs_and_the_same_command_continues(place):
     assert '"preempted"' in Path("out/runs/weak/status.json").read_text()
     Path("weak.waits").unlink()
     assert go(*ONLY_WEAK) == 0
+
+
+def test_what_is_left_can_be_run_elsewhere_and_reported_on_here(place):
+    """A cluster makes the runs from the commands that are printed; the report needs no run to be made here."""
+    with pytest.raises(UnusableInput, match="none of the study's runs is there yet"):
+        report_study(study(), Path("study.yaml"))
+    assert go(*ONLY_WEAK) == 0
+    calls()
+    left = commands_of(study(), Path("study.yaml"))
+    assert [line.split()[:3] for line in left] == [
+        ["urlvr", "pretrain", "pretrain.yaml"],
+        ["urlvr", "train", "run.yaml"],
+        ["urlvr", "train", "run.yaml"],
+    ]
+    plan = plan_study(study(), Path("study.yaml"))
+    assert shlex.split(left[-1])[2:] == list(next(run for run in plan.runs if run.run == "truth").arguments)
+    Path("out/report/report.html").unlink()
+    report_study(study(), Path("study.yaml"))
+    assert "weak belief" in text_of(Path("out/report/report.html"))
+    assert calls() == []
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,11 @@
 """Without NeMo-Run: everything else works, and who asks for it reads what to install."""
 
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from megatron_urlvr.exit_codes import UnusableInput
-
-ROOT = Path(__file__).parents[3]
-
-
-def test_every_recipe_names_a_config_that_exists():
-    source = (ROOT / "megatron_urlvr" / "launch" / "nemo.py").read_text(encoding="utf-8")
-    configs = re.findall(r'"(configs/.+?)"', source)
-    assert len(configs) >= 5
-    assert [name for name in configs if not (ROOT / name).exists()] == []
 
 
 def test_no_command_imports_it_before_it_is_asked_for():

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from chat_templates import HAS_CHAT_TEMPLATE, sources_that_cannot_start
 
 from megatron_urlvr.config.loader import load_config, to_yaml
 from megatron_urlvr.launch.plan.crew import crew_of
@@ -52,6 +53,15 @@ def test_a_recipe_shows_itself_completely_and_fits_the_gpus_it_names(recipe: str
     assert plan.problems == []
     assert plan.crew.gpus == int(options(recipe)["--gpus"])
     assert plan.config.run.dir == f"runs/{plan.config.run.name}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_asks_for_a_chat_template_where_its_model_has_one(recipe: str):
+    assert [*sources_that_cannot_start(load_config(recipe))] == []
+
+
+def test_every_model_says_whether_it_has_a_chat_template():
+    assert {path.parent.name for path in FOLDER.glob("models/*/config.json")} == set(HAS_CHAT_TEMPLATE)
 
 
 @pytest.mark.parametrize("recipe", SAMPLED)

@@ -122,6 +122,11 @@ PUBLISHED = {
     "Qwen2.5-72B": 72_706_203_648,
     "Llama-3.1-70B": 70_553_706_496,
     "Qwen3-1.7B-Base": 1_720_574_976,
+    "Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen2.5-Math-1.5B": 1_543_714_304,
+    "Qwen3-4B-Base": 4_022_468_096,
+    "Qwen3-8B-Base": 8_190_735_360,
+    "Llama-3.1-8B": 8_030_261_248,
 }
 """Parameters in the safetensors of the Hugging Face repositories; Qwen3-1.7B without the copy of its tied table."""
 

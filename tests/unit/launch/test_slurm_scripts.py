@@ -25,7 +25,7 @@ JOBS = {
     "hetjob.sbatch": replace(JOB, rollout_nodes=8, partition="train", rollout_partition="rollout", image="urlvr.sqsh"),
     "cpu.sbatch": replace(JOB, ranks_per_node=2, gpus_per_node=0, time="10"),
 }
-JOBS["seeds-eval.sbatch"] = evaluation_of(JOBS["seeds.sbatch"])
+JOBS |= {f"{name}-eval.sbatch": evaluation_of(JOBS[f"{name}.sbatch"]) for name in ("seeds", "hetjob")}
 
 
 @pytest.mark.parametrize("name", JOBS)
