@@ -103,13 +103,13 @@ def _shards(config: Config, hf_config: Mapping[str, Any]) -> Iterator[str]:
         yield _uneven("parallel.pp", pp, "layers", layers, config)
     elif layers is not None and (layers // pp) % config.parallel.vpp:
         yield _uneven("parallel.vpp", config.parallel.vpp, "layers of each pipeline rank", layers // pp, config)
-    ep, experts = config.parallel.ep, hf_config.get("num_experts")
-    if ep > 1 and experts is None:
+    ep, experts = config.parallel.ep, int(hf_config.get("num_experts", 0))
+    if ep > 1 and experts == 0:
         yield (
             f"parallel.ep = {ep} spreads experts, but model.path = {config.model.path!r} is no mixture of experts: set "
             "parallel.ep=1."
         )
-    elif ep > 1 and experts % ep:
+    elif experts % ep:
         yield _uneven("parallel.ep", ep, "experts", experts, config)
     if tp > 1 and "moe_intermediate_size" in hf_config and not config.parallel.sequence_parallel:
         yield (
