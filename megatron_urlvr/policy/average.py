@@ -25,7 +25,7 @@ class _Part:
     start: int
     """First entry of the flattened parameter."""
     master: torch.Tensor
-    """Flat view of the master itself."""
+    """The master itself."""
     average: torch.Tensor
     """float32, flat, in host memory."""
 
@@ -42,7 +42,7 @@ class MovingAverage:
         self._parameters = dict(parameters)
         stepped = {parameter: (start, master) for parameter, start, master in _masters(optimizer, parameters)}
         self._parts = {
-            name: _Part(start, master, master.float().cpu().clone())
+            name: _Part(start, master, _flat(master).clone())
             for name, parameter in parameters.items()
             if parameter in stepped
             for start, master in [stepped[parameter]]
@@ -53,7 +53,7 @@ class MovingAverage:
     def track(self) -> None:
         """One step of the recursion. Not collective."""
         for part in self._parts.values():
-            part.average.lerp_(part.master.float().cpu(), 1 - self.decay)
+            part.average.lerp_(_flat(part.master), 1 - self.decay)
 
     def swapped_into(self, parameters: Mapping[str, torch.nn.Parameter]) -> AbstractContextManager[None]:
         """Run with the averages in the model; the policy's own weights come back bit for bit."""
@@ -83,11 +83,10 @@ class MovingAverage:
 def _masters(
     optimizer: PolicyOptimizer, parameters: Mapping[str, torch.nn.Parameter]
 ) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
-    """(parameter, first entry, flat master) of what this rank steps."""
+    """(parameter, first entry, master) of what this rank steps."""
     if not optimizer.distributed:
         for parameter in parameters.values():
-            master = getattr(parameter, "main_param", parameter)
-            yield parameter, 0, master.detach().view(-1)
+            yield parameter, 0, getattr(parameter, "main_param", parameter)
         return
     for part in _sharded(optimizer):
         groups = [
@@ -96,7 +95,11 @@ def _masters(
         ]
         for models, shards in groups:
             for parameter, shard in zip(models, shards, strict=True):
-                yield parameter, part._get_model_param_range_map(parameter)["param"].start, shard.detach().view(-1)
+                yield parameter, part._get_model_param_range_map(parameter)["param"].start, shard
+
+
+def _flat(master: torch.Tensor) -> torch.Tensor:
+    return master.detach().float().cpu().view(-1)
 
 
 def _sharded(optimizer: PolicyOptimizer) -> list[Any]:
