@@ -32,8 +32,8 @@ class ParallelSection(Section):
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks bucket by bucket while the last micro-batch's backward still runs."""
     max_tokens_per_microbatch: int = Field(default=8192, ge=1)
-    """Token budget of one micro-batch on a rank (`cp` ranks share one of so many times as much); one response longer
-    than this makes a micro-batch of its own."""
+    """Token budget of one micro-batch, over all `cp` ranks that share it; one response longer than this makes a
+    micro-batch of its own."""
     share_prefix: Literal["auto"] | bool = "auto"
     """Compute a prompt's rows once for all its responses in a micro-batch. `auto`: where attention allows it."""
 

@@ -142,7 +142,7 @@ def transformer_config(
     """Megatron's config of a Hugging Face one."""
     shape = shape_of(hf, tp=parallel.tp)
     std = float(hf.get("initializer_range", 0.02))
-    more = {**RECOMPUTE[recompute], **_stages(parallel), **(_experts(hf) if family.experts else {})}
+    more = {**RECOMPUTE[recompute], **_stages(parallel), **(_experts(hf, parallel) if family.experts else {})}
     return TransformerConfig(
         num_layers=int(hf["num_hidden_layers"]),
         hidden_size=shape.hidden,
@@ -192,11 +192,12 @@ def _stages(parallel: ParallelSection) -> dict[str, Any]:
     return fields
 
 
-def _experts(hf: Mapping[str, Any]) -> dict[str, Any]:
+def _experts(hf: Mapping[str, Any], parallel: ParallelSection) -> dict[str, Any]:
     """Routing as in transformers' Qwen3MoeTopKRouter: a softmax over all experts, of which the `topk` largest weigh the
     experts' outputs, made to add up to one where `norm_topk_prob` says so (a softmax over the chosen ones does)."""
     return {
         "num_moe_experts": experts_of(hf),
+        "expert_model_parallel_size": parallel.ep,
         "moe_ffn_hidden_size": int(hf["moe_intermediate_size"]),
         "moe_router_topk": int(hf["num_experts_per_tok"]),
         "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),

@@ -85,8 +85,7 @@ class Policy:
         self.hf = read_config(model.path)
         family = family_of(self.hf, model.path)
         self.temperature = temperature
-        self.max_tokens = parallel.max_tokens_per_microbatch * parallel.cp
-        """Of a micro-batch, over the ranks that share it."""
+        self.max_tokens = parallel.max_tokens_per_microbatch
         self.share = Share(layout.cp, layout.cp_rank)
         self.share_prefix = _share_prefix(parallel)
         self.cost = RowCost.of(self.hf)

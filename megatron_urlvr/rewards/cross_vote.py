@@ -17,7 +17,7 @@ from megatron_urlvr.config.base import Section, rule
 from megatron_urlvr.types import Group, Prompt, Sampling
 
 from .base import NoOptions, Reward, signal_of
-from .providers import Provider, Weights, fill, register_provider, seed_of
+from .providers import Provider, Request, Weights, fill, register_provider, seed_of
 from .registry import register
 from .voting import vote
 
@@ -74,6 +74,9 @@ class Votes(Provider[VotesOptions]):
     @property
     def asks(self) -> Weights:
         return self.options.weights
+
+    def request(self, n: int, prompt: float, response: float) -> Request:
+        return Request(1, prompt, "", self.options.samples, self.options.max_new_tokens, once=self.options.offline)
 
     def problems(self, prompts: Sequence[Prompt]) -> Iterator[str]:
         if self.options.of == "prompt":

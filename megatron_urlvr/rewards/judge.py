@@ -18,7 +18,7 @@ from megatron_urlvr.types import Group, Prompt, Sample, Sampling
 
 from .base import NoOptions, Reward, classes_of, signal_of
 from .ensemble import CHECK
-from .providers import Lesson, Provider, Weights, fill, register_provider, seed_of
+from .providers import Lesson, Provider, Request, Weights, fill, register_provider, seed_of
 from .registry import register
 from .voting import vote_of
 
@@ -105,6 +105,10 @@ class Judge(Provider[JudgeOptions]):
     @property
     def asks(self) -> Weights:
         return self.options.weights
+
+    def request(self, n: int, prompt: float, response: float) -> Request:
+        text = self.options.template.replace("{question}", "").replace("{response}", "")
+        return Request(n, prompt + response, text, self.options.samples, self.options.max_new_tokens)
 
     @property
     def teaches(self) -> bool:

@@ -80,6 +80,21 @@ class Lesson(NamedTuple):
     """`[k]` float32, one for each of its samples; advantages compare them with each other."""
 
 
+class Request(NamedTuple):
+    """What a provider asks a model for about one group."""
+
+    prompts: int
+    tokens: float
+    """Of each prompt, beside `text`."""
+    text: str
+    """Words of the provider's own in each prompt."""
+    samples: int
+    """Answers to each prompt."""
+    max_new_tokens: int
+    once: bool = False
+    """A prompt of the run is asked about once, not in every step that draws it."""
+
+
 class Provider(ABC, Generic[OptionsT]):
     """Computes signals, concurrently with other providers, before the rewards are scored.
 
@@ -106,6 +121,11 @@ class Provider(ABC, Generic[OptionsT]):
     @property
     def asks(self) -> Weights | None:
         """Whose responses it needs; None when it asks no model."""
+        return None
+
+    def request(self, n: int, prompt: float, response: float) -> Request | None:
+        """What it asks for about a group of `n` responses of `response` tokens to a prompt of `prompt` tokens, for
+        `urlvr plan`; None where it asks no model, or where nobody can say."""
         return None
 
     @property

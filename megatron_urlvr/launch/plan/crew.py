@@ -31,13 +31,13 @@ class Crew:
 
 
 def crew_of(config: Config, gpus: int | None, rollout_gpus: int | None) -> Crew:
-    """Shares `gpus` out. With `parallel.dp` given the trainer takes dp x tp x pp of them and the servers the rest; with
-    `auto` the servers take `rollout_gpus`, else those of one host, and the trainer the rest.
+    """Shares `gpus` out. With `parallel.dp` given the trainer takes dp x tp x pp x cp of them and the servers the rest;
+    with `auto` the servers take `rollout_gpus`, else those of one host, and the trainer the rest.
 
     UnusableInput when the numbers contradict each other.
     """
     parallel, pool = config.parallel, config.servers.policy
-    one = parallel.tp * parallel.pp
+    one = parallel.model_ranks
     fixed = None if parallel.dp == "auto" else parallel.dp * one
     if config.rollout.engine != "sglang":
         if rollout_gpus:
@@ -68,7 +68,7 @@ def _in_turns(config: Config, gpus: int, fixed: int | None, rollout_gpus: int | 
         )
     if fixed not in (None, gpus):
         raise UnusableInput(
-            f"--gpus {gpus} with servers.colocated = true, but parallel.dp x tp x pp = {fixed}: all of them train, and"
-            " serve in turns."
+            f"--gpus {gpus} with servers.colocated = true, but parallel.dp x tp x pp x cp = {fixed}: all of them train,"
+            " and serve in turns."
         )
     return Crew(gpus, gpus, config.servers.policy.tp, shared=True)

@@ -53,10 +53,19 @@ class Assumptions(Section):
     """What no data sheet says. Every estimate that rests on one of these is only as good as it is."""
 
     mean_response: float = Field(default=0.5, ge=0.5, le=1)
-    """Mean response length as a share of `rollout.max_new_tokens`; lengths are spread evenly around it, up to the
-    longest. Memory is planned for the longest."""
+    """Mean response length as a share of `rollout.max_new_tokens`, and mean answer of those that providers ask as a
+    share of theirs; lengths are spread evenly around it, up to the longest. Memory is planned for the longest."""
     mean_prompt: float = Field(default=0.25, gt=0, le=1)
     """Mean prompt length as a share of `data.max_prompt_tokens`."""
+    characters_per_token: float = Field(default=4.0, gt=0)
+    """Characters a token of the text that a judge is asked with, beside question and response."""
+    taught_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of the responses whose verdicts a co-trained judge is trained on: as many right as wrong ones, so 1 where
+    half of them are right, and 0.5 where a quarter or three quarters are."""
+    expert_imbalance: float = Field(default=1.5, ge=1)
+    """Tokens of the fullest expert-parallel rank over the mean. Nothing balances experts while the policy is trained,
+    and routers were balanced over all of pretraining's texts, not over a run's few prompts; how much is not measured.
+    """
     compute_efficiency: float = Field(default=0.5, gt=0, le=1)
     """Share of the matrix rate that a layer reaches between two communications, forward and backward. Tuned
     pretraining of dense models on H100 is published with 41 to 48 % of it end to end (Megatron-LM's README)."""
@@ -66,6 +75,8 @@ class Assumptions(Section):
     """Share of a link's rate that collectives reach. No communication is hidden behind computation."""
     decode_step_ms: float = Field(default=3.0, ge=0)
     """Time of one decode step that neither weights nor cache explain: launches, all-reduces, sampling, scheduling."""
+    host_gb_s: float = Field(default=20.0, gt=0)
+    """Rate at which a GPU reads the reference or the moving average from the host's memory; PCIe 4 x16 has 32."""
     disk_gb_s: float = Field(default=2.0, gt=0)
     """Rate at which the trainer's first rank writes the snapshot of the weights."""
     trainer_reserve_gib: float = Field(default=5.0, ge=0)

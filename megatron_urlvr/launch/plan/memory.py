@@ -4,19 +4,24 @@ Activations follow what Megatron's layers with Transformer Engine keep for the b
 al. (arXiv 2205.05198, section 4) applied to a decoder with RMSNorm, grouped queries, a gated MLP whose two halves are
 multiplied unfused (`bias_activation_fusion=False`), flash attention and no dropout. A test holds the count against what
 a real layer keeps on a CPU, whose norms and packed attention keep a little more.
+
+A context-parallel rank keeps the like for its part of each sequence. Experts keep theirs for every copy of a token that
+they are given; those of the fullest rank are planned for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ...config.parallel import ParallelSection
 from ...config.servers import PoolSection
 from ...policy.hf.families import shape_of
+from ...policy.hf.rules import Shape
 from .hardware import GPU
-from .shards import PlannedPolicy, Shard, Tensor
+from .mixture import mixture_of
+from .shards import PlannedPolicy, Shard
 
 HEAD_STASH = 512 << 20
 HEAD_WORKSPACE = 128 << 20
@@ -34,14 +39,39 @@ def layer_activations(policy: PlannedPolicy) -> dict[str, float]:
         "outputs of both norms": 2 * itemsize * shape.hidden / sp,
         "queries, keys, values": itemsize * (q + 2 * kv) / tp,
         "attention's output": itemsize * q / tp + 4 * shape.heads / tp,
-        "gate and up": 2 * itemsize * shape.ffn / tp,
-        "up, with Megatron's offset of zero": itemsize * shape.ffn / tp,
-        "silu(gate)": itemsize * shape.ffn / tp,
-        "their product": itemsize * shape.ffn / tp,
     }
     if policy.family.qk_norm:
         kept["queries and keys before their norm"] = itemsize * (q + kv) / tp
-    return kept
+    return kept | (_kept_by_experts(policy) if shape.experts else _kept_by_mlp(shape.ffn / tp, itemsize))
+
+
+def _kept_by_mlp(channels: float, itemsize: int) -> dict[str, float]:
+    """Bytes of a token in a gated MLP with so many channels on this rank."""
+    return {
+        "gate and up": 2 * itemsize * channels,
+        "up, with Megatron's offset of zero": itemsize * channels,
+        "silu(gate)": itemsize * channels,
+        "their product": itemsize * channels,
+    }
+
+
+def _kept_by_experts(policy: PlannedPolicy) -> dict[str, float]:
+    """Bytes of a token in a mixture, whose experts take its copies from all ranks and are cut by tp themselves."""
+    tp, itemsize, copies = policy.parallel.tp, policy.itemsize, policy.copies
+    shape, chosen = shape_of(policy.hf, tp=tp), policy.mixture.chosen
+    channels = shape.expert_ffn / tp
+    each = _kept_by_mlp(channels, itemsize) | {
+        "experts' input": itemsize * shape.hidden,
+        "product, weighed": itemsize * channels,
+        "weight": 4,
+        "where copies come from": 8,
+    }
+    router = {
+        "router's weights of the chosen": 4 * chosen / policy.sharded_by_sequence,
+        "router's weights, by expert": 4 * shape.experts / policy.sharded_by_sequence,
+        "router's choices": (shape.experts + 8 * chosen) / policy.sharded_by_sequence,
+    }
+    return router | {name: copies * size for name, size in each.items()}
 
 
 def kept_per_token(policy: PlannedPolicy, recompute: str) -> float:
@@ -92,7 +122,7 @@ class Load:
     """What the trainer's ranks are given at the worst."""
 
     tokens: int
-    """Of the largest micro-batch."""
+    """Of the largest micro-batch, over its context-parallel ranks."""
     microbatches: int
     swaps: bool
     """The reference or moving average is swapped in for scoring, beside a copy of the weights."""
@@ -101,38 +131,61 @@ class Load:
     reserve: int
 
 
-def rank_memory(shard: Shard, policy: PlannedPolicy, load: Load, stream: Sequence[Tensor]) -> RankMemory:
+def rank_memory(shard: Shard, policy: PlannedPolicy, load: Load) -> RankMemory:
     """The worst rank of a kind: the first of its pipeline ranks has the most micro-batches in flight."""
-    parallel, itemsize, tokens = policy.parallel, policy.itemsize, load.tokens
+    parallel, itemsize, tokens = policy.parallel, policy.itemsize, load.tokens // policy.parallel.cp
     shape = shape_of(policy.hf, tp=parallel.tp)
     flying = in_flight(parallel, shard.pp_ranks[0], load.microbatches)
     layer = sum(layer_activations(policy).values())
     last = parallel.pp - 1 in shard.pp_ranks
-    # A layer's own tensors while its backward runs, their gradients, and the largest weight's before it is added up.
-    gradients = itemsize * (3 * shape.ffn / parallel.tp + 2 * shape.hidden) * tokens
-    largest_weight = itemsize * 2 * shape.ffn * shape.hidden // parallel.tp
+    largest_weight = itemsize * _largest_matrix(shape) // parallel.tp
+    exchanged = _exchanged(policy, load.tokens)
     again = layer * tokens if policy.recompute == "full" else 0
-    forward_only = (layer + 2 * itemsize * shape.hidden / policy.sharded_by_sequence) * tokens
+    forward_only = (layer + 2 * itemsize * shape.hidden / policy.sharded_by_sequence) * tokens + exchanged
     vocab = shape.padded_vocab // parallel.tp
     head = _head(tokens, shape.hidden, vocab, itemsize) if last else 0
     scoring_head = _head(tokens, shape.hidden, vocab, itemsize, training=False) if last else 0
     return RankMemory(
         shard=shard,
         activations=int(flying * shard.layers * kept_per_token(policy, policy.recompute) * tokens),
-        working=int(gradients + largest_weight + again),
+        working=int(_gradients(policy, shape) * tokens + largest_weight + again + 2 * exchanged),
         head=head,
         score=int(forward_only) + scoring_head + (shard.weights if load.swaps else 0),
-        sync=_sync(shard, policy, load, stream),
+        sync=_sync(shard, policy, load),
         reserve=load.reserve,
     )
 
 
-def _sync(shard: Shard, policy: PlannedPolicy, load: Load, stream: Sequence[Tensor]) -> int:
+def _gradients(policy: PlannedPolicy, shape: Shape) -> float:
+    """Bytes a token of the gradients of a layer's own tensors while its MLP's, or experts', backward runs."""
+    tp, itemsize = policy.parallel.tp, policy.itemsize
+    if shape.experts:
+        return itemsize * (policy.copies * (3 * shape.expert_ffn / tp + 2 * shape.hidden) + 2 * shape.hidden)
+    return itemsize * (3 * shape.ffn / tp + 2 * shape.hidden)
+
+
+def _largest_matrix(shape: Shape) -> int:
+    """Elements of a layer's largest weight, whose gradient is there whole before it is added up."""
+    if not shape.experts:
+        return 2 * shape.ffn * shape.hidden
+    return shape.hidden * max(2 * shape.expert_ffn, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
+
+
+def _exchanged(policy: PlannedPolicy, tokens: int) -> float:
+    """Bytes of the other context-parallel ranks' keys and values of one layer: all that were gathered, or the part that
+    is attended to and the next one on its way around the ring. Their gradients take as much again."""
+    cp, shape = policy.parallel.cp, shape_of(policy.hf, tp=policy.parallel.tp)
+    if cp == 1:
+        return 0.0
+    whole = 2 * policy.itemsize * shape.kv_heads * shape.head_dim / policy.parallel.tp * tokens
+    return whole if policy.gathers_context else 2 * whole / cp
+
+
+def _sync(shard: Shard, policy: PlannedPolicy, load: Load) -> int:
     """Whole tensors on their way out: the parts, the whole and its Hugging Face form; the sender's two buckets too."""
-    whole = max(tensor.numel for tensor in stream) * policy.itemsize
-    mine = [tensor for tensor in stream if tensor.stage in shard.pp_ranks]
-    gates = [2 * tensor.numel for tensor in mine if tensor.name.endswith("gate_proj.weight")]  # one with up_proj
-    own = max([tensor.numel for tensor in mine] + gates, default=0) * policy.itemsize
+    stream, itemsize = policy.stream, policy.itemsize
+    whole = stream.largest * itemsize
+    own = max(stream.stages[rank].largest for rank in shard.pp_ranks) * itemsize
     sender = 0 in shard.pp_ranks
     passing = whole if policy.parallel.pp > 1 else 0
     return 3 * max(own, passing) + (2 * max(load.bucket_bytes, whole) if sender else 0)
@@ -152,6 +205,8 @@ class ServerMemory:
     """One GPU of a rollout server, bytes."""
 
     weights: int
+    experts: int
+    """Of the weights, those of experts."""
     kv_cache: int
     """What `mem_fraction` leaves for the cache."""
     kv_token: float
@@ -176,5 +231,11 @@ def server_memory(
     heads = max(1, shape.kv_heads // pool.tp)
     weights = parameters * itemsize // pool.tp
     static = int(pool.mem_fraction * gpu.memory)
-    kv_token = 2 * int(hf["num_hidden_layers"]) * heads * shape.head_dim * itemsize
-    return ServerMemory(weights, static - weights, kv_token, gpu.memory - static - trainer, trainer)
+    return ServerMemory(
+        weights=weights,
+        experts=mixture_of(hf).parameters * itemsize // pool.tp,
+        kv_cache=static - weights,
+        kv_token=2 * int(hf["num_hidden_layers"]) * heads * shape.head_dim * itemsize,
+        other=gpu.memory - static - trainer,
+        trainer=trainer,
+    )

@@ -8,6 +8,7 @@ from typing import Any
 from .hardware import GIB, Assumptions
 from .memory import RankMemory, kept_per_token
 from .plan import Plan
+from .providers import Answered
 
 COLUMNS = (
     *("pp rank", "params", "weights", "grads", "optim"),
@@ -15,22 +16,28 @@ COLUMNS = (
 )
 
 
+RING = "passed around a ring (Transformer Engine's attention)"
+
+
 def as_text(plan: Plan) -> str:
     """The plan in sections, for a terminal of 100 columns."""
-    parts = [_head(plan), _memory(plan), _server(plan), _times(plan), _sync(plan), _assumptions(plan), _verdict(plan)]
-    return "\n".join(line for part in parts for line in part) + "\n"
+    sections = (_head, _memory, _server, _times, _providers, _sync, _assumptions, _verdict)
+    return "\n".join(line for section in sections for line in section(plan)) + "\n"
 
 
 def _head(plan: Plan) -> Iterator[str]:
     config, crew, parallel = plan.config, plan.crew, plan.config.parallel
-    yield f"{config.run.name}: {config.model.path}, {plan.parameters:,} parameters"
+    active = f", {plan.active:,} of them active a token" if plan.policy.mixture.experts else ""
+    yield f"{config.run.name}: {config.model.path}, {plan.parameters:,} parameters{active}"
     serving = f", {crew.serving} serve ({crew.servers} x tp {crew.server_tp})" if crew.serving else ""
     if crew.shared:
         serving = f", and serve in turns ({crew.servers} x tp {crew.server_tp})"
     yield f"{crew.gpus} x {plan.gpu.name}: {crew.trainers} train{serving}"
     more = f" x vpp {parallel.vpp}" if parallel.vpp > 1 else ""
+    more += f" x cp {parallel.cp}" if parallel.cp > 1 else ""
+    spread = f"ep {parallel.ep} of dp{' x cp' if parallel.cp > 1 else ''}, " if parallel.ep > 1 else ""
     yield (
-        f"layout: dp {plan.policy.dp} x tp {parallel.tp} x pp {parallel.pp}{more}, "
+        f"layout: dp {plan.policy.dp} x tp {parallel.tp} x pp {parallel.pp}{more}, {spread}"
         f"{'sequence parallel, ' if parallel.sequence_parallel else ''}recompute {config.model.recompute}, "
         f"{str(plan.policy.dtype).removeprefix('torch.')}"
     )
@@ -39,11 +46,15 @@ def _head(plan: Plan) -> Iterator[str]:
         f"a step: {work.votes} responses of {work.response:.0f} tokens (longest {work.longest_response}), "
         f"{work.trained} trained on in {work.updates} update(s) of {plan.times.microbatches} micro-batches a replica"
     )
+    if lessons := sum(rows.count for rows in work.lessons) * work.epochs:
+        yield f"  beside them {lessons:.0f} verdicts of co-trained judges"
 
 
 def _memory(plan: Plan) -> Iterator[str]:
     yield ""
-    yield f"Trainer, GiB a GPU (of {plan.gpu.memory / GIB:.1f}; micro-batches of {plan.tokens} tokens)"
+    cp = plan.config.parallel.cp
+    spread = f" over {cp} ranks" if cp > 1 else ""
+    yield f"Trainer, GiB a GPU (of {plan.gpu.memory / GIB:.1f}; micro-batches of {plan.tokens} tokens{spread})"
     columns = (
         "pp rank",
         "params",
@@ -69,8 +80,21 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield "peak = weights + grads + optim + reserve + the largest of update (activ. + working + head), score, sync"
     modes = [f"{mode} {kept_per_token(plan.policy, mode) / 1024:.1f}" for mode in ("none", "selective", "full")]
     yield f"activations, KiB a token and layer by recompute: {', '.join(modes)}"
+    if cp > 1:
+        how = "gathered (our own attention, for shared prefixes)" if plan.policy.gathers_context else RING
+        yield f"keys and values of other context-parallel ranks: {how}"
+    if plan.policy.mixture.experts:
+        yield _experts(plan)
     if plan.host_bytes:
         yield f"host memory of each rank for reference and moving average: {plan.host_bytes / GIB:.1f} GiB"
+
+
+def _experts(plan: Plan) -> str:
+    mixture, policy = plan.policy.mixture, plan.policy
+    return (
+        f"experts: {mixture.experts // policy.parallel.ep} of {mixture.experts} in each layer of a rank, a token goes "
+        f"to {mixture.chosen}; planned for {policy.copies:g} copies of each, dispatched all-to-all"
+    )
 
 
 def _width(name: str) -> int:
@@ -87,6 +111,13 @@ def _server(plan: Plan) -> Iterator[str]:
         f"weights {server.weights / GIB:.1f}, KV cache {server.kv_cache / GIB:.1f} ({server.tokens:,} tokens a "
         f"server), left to SGLang {server.other / GIB:.1f}"
     )
+    fleet = plan.fleet
+    if fleet is not None and fleet.mixture.experts and plan.times.generate is not None:
+        running = plan.times.generate.running
+        yield (
+            f"experts are {server.experts / server.weights:.0%} of the weights; a decode step of {running} responses "
+            f"reads {fleet.mixture.touched(running):.0%} of them, if every token chooses evenly and by itself"
+        )
     if plan.crew.shared:
         peak, asleep = max(rank.peak for rank in plan.ranks) / GIB, plan.assumptions.sleeping_server_gib
         stays = f"{server.trainer / GIB:.1f} of the trainer stay on each GPU"
@@ -104,13 +135,51 @@ def _times(plan: Plan) -> Iterator[str]:
             f"  generate {made.seconds:9.1f}   {made.running} at once on each of {made.servers} servers, "
             f"{made.tokens_per_second:,.0f} tokens/s a GPU"
         )
+    if times.asked:
+        yield f"  ask      {times.ask:9.1f}   providers, below"
     passes = [*plan.work.scoring, *plan.work.rescoring]
+    passes += [f"weights swapped in {times.swaps:.1f}"] if times.swaps else []
     yield f"  score    {times.score:9.1f}   {'; '.join(passes) or 'no reward or loss needs a pass'}"
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in times.after_backward.items())
     yield f"  train    {times.train:9.1f}   bubble {times.bubble:.0%}, MFU {times.train_mfu:.0%}; {parts}"
     yield f"  sync     {times.sync:9.1f}"
     how = "generation beside training" if times.overlapped else "one after the other"
     yield f"  total    {times.total:9.1f}   {how}; {times.model_flops / 1e15:,.1f} PFLOP to score and train"
+    steps = plan.config.run.steps
+    run = f"{plan.gpu_hours * steps:,.0f} for run.steps = {steps}, evaluations aside"
+    yield f"  GPU hours{plan.gpu_hours:9.2f}   a step on {plan.crew.gpus} GPUs; {run}"
+
+
+def _providers(plan: Plan) -> Iterator[str]:
+    """What each provider costs."""
+    if not plan.times.asked:
+        return
+    yield ""
+    yield "Providers, one after the other (tokens are means)"
+    for each in plan.times.asked:
+        yield f"  {each.asked.label} ({each.asked.name}): {_asked(plan, each)}"
+
+
+def _asked(plan: Plan, each: Answered) -> str:
+    asked, job = each.asked, each.asked.job
+    if not asked.who:
+        return "asks no model; its own work is not modelled"
+    if job is None:
+        return f"asks {asked.who}, for how much is not known"
+    once = ", each once in a run" if asked.request is not None and asked.request.once else ""
+    said = (
+        f"asks {asked.who} {job.prompts:.0f} prompts of {job.prompt:.0f} tokens{once}, {job.responses:.0f} answers of "
+        f"{job.response:.0f} (longest {job.longest}): "
+    )
+    said += "time not modelled" if each.seconds is None else f"ask {each.seconds:.1f} s"
+    if asked.lessons is not None and plan.work.lessons:
+        rows = asked.lessons.rows
+        tokens = sum(rows.count * rows.length for rows in plan.work.lessons)
+        share = plan.times.lessons * rows.count * rows.length / tokens
+        said += f", train {share:.1f} s ({rows.count * plan.work.epochs:.0f} verdicts)"
+    if each.fleet is not None:
+        said += f"; {each.fleet.servers} servers x tp {each.fleet.tp}, on GPUs beside the {plan.crew.gpus}"
+    return said
 
 
 def _sync(plan: Plan) -> Iterator[str]:
@@ -173,7 +242,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     times, crew = plan.times, plan.crew
     return {
         "run": plan.config.run.name,
-        "model": {"path": plan.config.model.path, "parameters": plan.parameters},
+        "model": {"path": plan.config.model.path, "parameters": plan.parameters, "active": plan.active},
         "gpu": plan.gpu.name,
         "gpus": {"total": crew.gpus, "train": crew.trainers, "serve": crew.serving, "servers": crew.servers},
         "in_turns": crew.shared,
@@ -184,11 +253,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "host_bytes": plan.host_bytes,
         "seconds": {
             "generate": None if times.generate is None else times.generate.seconds,
+            "ask": times.ask,
             "score": times.score,
             "train": times.train,
             "sync": times.sync,
             "total": times.total,
         },
+        "gpu_hours": {"step": plan.gpu_hours, "run": plan.gpu_hours * plan.config.run.steps},
+        "providers": [_provider_json(each) for each in times.asked],
         "microbatches": times.microbatches,
         "bubble": times.bubble,
         "train_mfu": times.train_mfu,
@@ -205,3 +277,15 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def _rank_json(rank: RankMemory) -> dict[str, Any]:
     own = {name: value for name, value in vars(rank).items() if name != "shard"}
     return {**vars(rank.shard), **own, "update": rank.update, "peak": rank.peak}
+
+
+def _provider_json(each: Answered) -> dict[str, Any]:
+    asked, job = each.asked, each.asked.job
+    return {
+        "label": asked.label,
+        "name": asked.name,
+        "asks": asked.who or None,
+        "job": None if job is None else vars(job),
+        "lessons": None if asked.lessons is None else vars(asked.lessons.rows),
+        "seconds": each.seconds,
+    }

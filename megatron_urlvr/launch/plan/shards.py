@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -12,10 +11,11 @@ import torch
 from ...config.optim import OptimSection
 from ...config.parallel import ParallelSection
 from ...distributed.layout import Layout
-from ...policy.hf.families import Family, rules_for, shape_of
-from ...policy.hf.rules import expected_shape
+from ...policy.hf.families import Family
 from ...policy.model import build_chunks, parameters_of
 from ...policy.optimizer import PolicyOptimizer, wrap
+from .mixture import Mixture, mixture_of
+from .stream import EXPERTS, Stream, stream_of
 from .world import pretended_rank
 
 MOMENTS = 2
@@ -24,7 +24,7 @@ MOMENTS = 2
 
 @dataclass(frozen=True)
 class PlannedPolicy:
-    """The policy and how it is laid out; the trainer has dp x tp x pp ranks."""
+    """The policy and how it is laid out; the trainer has dp x tp x pp x cp ranks."""
 
     hf: Mapping[str, Any]
     """config.json of the model."""
@@ -35,6 +35,39 @@ class PlannedPolicy:
     recompute: str
     optim: OptimSection | None
     """None: it scores and is not trained."""
+    expert_imbalance: float = 1.0
+    """Tokens of the fullest expert-parallel rank over the mean, as assumed."""
+
+    @property
+    def mixture(self) -> Mixture:
+        """Its experts."""
+        return mixture_of(self.hf)
+
+    @property
+    def stream(self) -> Stream:
+        """The tensors that leave it."""
+        return stream_of(self.hf, self.family, self.parallel)
+
+    @property
+    def copies(self) -> float:
+        """Of a token, that the experts of the fullest rank are given for each token of that rank; 0 without experts."""
+        return self.mixture.chosen * (self.expert_imbalance if self.parallel.ep > 1 else 1.0)
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights, experts aside, and share their optimizer."""
+        return self.dp * self.parallel.cp
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same experts, and share their optimizer."""
+        return self.replicas // self.parallel.ep
+
+    @property
+    def gathers_context(self) -> bool:
+        """Whether a context-parallel rank gathers all keys and values of a layer: our own attention does, which
+        prefixes are shared in; Transformer Engine passes them around a ring."""
+        return self.parallel.cp > 1 and self.parallel.share_prefix is True
 
     @property
     def layers(self) -> int:
@@ -65,6 +98,13 @@ class Shard:
     gradients: int
     optimizer: int
     """Float32 masters where weights are narrower, and two moments."""
+    expert_parameters: int = 0
+    """Of `parameters`, those of this rank's experts."""
+
+    @property
+    def expert_share(self) -> float:
+        """Of the parameters, and so of weights and gradients."""
+        return self.expert_parameters / self.parameters
 
     @property
     def total(self) -> int:
@@ -88,13 +128,13 @@ def kinds_of_stages(parallel: ParallelSection, layers: int) -> list[tuple[int, .
 
 
 def build_shards(policy: PlannedPolicy) -> list[Shard]:
-    """A shard for each kind of rank. Tensor-parallel ranks are alike (the vocabulary is padded), and so are
-    data-parallel ones: with a distributed optimizer the first holds the most."""
+    """A shard for each kind of rank. Tensor-parallel ranks are alike (the vocabulary is padded), and so are context-,
+    expert- and data-parallel ones: with a distributed optimizer the first holds the most."""
     parallel = policy.parallel
-    world = parallel.tp * parallel.pp * policy.dp
+    stage = parallel.tp * parallel.cp * policy.dp
     shards = []
     for pp_ranks in kinds_of_stages(parallel, policy.layers):
-        with pretended_rank(parallel, rank=pp_ranks[0] * parallel.tp * policy.dp, world_size=world) as layout:
+        with pretended_rank(parallel, rank=pp_ranks[0] * stage, world_size=stage * parallel.pp) as layout:
             shards.append(_build_shard(policy, pp_ranks, layout))
     return shards
 
@@ -110,7 +150,8 @@ def _build_shard(policy: PlannedPolicy, pp_ranks: tuple[int, ...], layout: Layou
         share_prefix=policy.parallel.share_prefix is True,
         real_vocab=int(policy.hf["vocab_size"]),
     )
-    parameters = list(parameters_of(chunks).values())
+    named = parameters_of(chunks)
+    parameters = list(named.values())
     gradients: list[torch.Tensor] = []
     masters: list[torch.Tensor] = []
     if policy.optim is not None:
@@ -126,6 +167,7 @@ def _build_shard(policy: PlannedPolicy, pp_ranks: tuple[int, ...], layout: Layou
         weights=storage_bytes(weights),
         gradients=storage_bytes(gradients),
         optimizer=storage_bytes(masters, besides=weights) + MOMENTS * 4 * sum(master.numel() for master in masters),
+        expert_parameters=sum(parameter.numel() for name, parameter in named.items() if EXPERTS in name),
     )
 
 
@@ -148,52 +190,28 @@ def storage_bytes(tensors: Iterable[torch.Tensor], besides: Iterable[torch.Tenso
     return total
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """One Hugging Face tensor of the stream that leaves the policy."""
-
-    name: str
-    numel: int
-    stage: int
-    sharded: bool
-    """Cut over tensor-parallel ranks; else each of them holds all of it."""
-
-
-def stream_of(policy: PlannedPolicy) -> list[Tensor]:
-    """The tensors of `Policy.export`, in its order, with the pipeline rank that holds each."""
-    shape, family = shape_of(policy.hf, tp=1), policy.family
-    tied = bool(policy.hf.get("tie_word_embeddings", False))
-    stage_of = _stage_of_layers(policy.parallel, policy.layers)
-    found = []
-    for rule, layer in rules_for(family, policy.layers, tied=tied, experts=shape.experts):
-        stage = stage_of[layer] if layer is not None else (0 if rule in family.first else policy.parallel.pp - 1)
-        cut = rule.shard != "replicated"
-        found += [Tensor(name, prod(expected_shape(name, shape)), stage, cut) for name in rule.hf]
-    return found
-
-
-def _stage_of_layers(parallel: ParallelSection, layers: int) -> list[int]:
-    """Pipeline rank of each layer: stages are dealt to the ranks in turn."""
-    stages = parallel.pp * parallel.vpp
-    counts = parallel.stage_layers or [layers // stages] * stages
-    return [stage % parallel.pp for stage, count in enumerate(counts) for _ in range(count)]
-
-
 def estimated_shards(policy: PlannedPolicy) -> list[Shard]:
     """`build_shards` by arithmetic on the tensors' shapes, for a search: without any padding."""
     parallel, hf = policy.parallel, policy.hf
-    held = [0.0] * parallel.pp
-    for tensor in stream_of(policy):
-        held[tensor.stage] += tensor.numel / (parallel.tp if tensor.sharded else 1)
+    held = [stage.whole + stage.sharded / parallel.tp for stage in policy.stream.stages]
     if hf.get("tie_word_embeddings") and parallel.pp > 1:
         held[-1] += int(hf["vocab_size"]) * int(hf["hidden_size"]) / parallel.tp
-    trained = policy.optim is not None
-    masters = 4 if policy.itemsize < 4 else 0
-    state = trained * (4 * MOMENTS + masters) / (policy.dp if policy.parallel.distributed_optimizer else 1)
+    trained, sharded = policy.optim is not None, parallel.distributed_optimizer
+    state = trained * (4 * MOMENTS + (4 if policy.itemsize < 4 else 0))
     layers = layers_of_stages(parallel, policy.layers)
     shards = []
     for pp_ranks in kinds_of_stages(parallel, policy.layers):
-        count = held[pp_ranks[0]]
-        weights, gradients = int(count * policy.itemsize), int(count * 4 * trained)
-        shards.append(Shard(pp_ranks, layers[pp_ranks[0]], int(count), weights, gradients, int(count * state)))
+        dense, mine = held[pp_ranks[0]], policy.stream.stages[pp_ranks[0]].experts / parallel.tp / parallel.ep
+        optimizer = dense / policy.replicas + mine / policy.expert_replicas if sharded else dense + mine
+        shards.append(
+            Shard(
+                pp_ranks=pp_ranks,
+                layers=layers[pp_ranks[0]],
+                parameters=int(dense + mine),
+                weights=int((dense + mine) * policy.itemsize),
+                gradients=int((dense + mine) * 4 * trained),
+                optimizer=int(optimizer * state),
+                expert_parameters=int(mine),
+            )
+        )
     return shards

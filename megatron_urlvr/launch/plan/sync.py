@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
-from .shards import Tensor
 from .speed import GIGA, Trainer
+from .stream import Stream
 
 
 @dataclass(frozen=True)
@@ -52,26 +54,30 @@ def bucket_ends(sizes: Sequence[int], limit: int) -> list[int]:
     return [*ends, len(sizes) - 1] if sizes else []
 
 
-def sync_plan(stream: Sequence[Tensor], trainer: Trainer, *, bucket_bytes: int, transport: str) -> SyncPlan:
-    """The update as `Policy.export` and `WeightSync` do it: tensor by tensor, gathered over tensor-parallel ranks, sent
-    along the pipeline, and from the first rank to all servers at once (NCCL pipelines its broadcast)."""
-    sizes = [tensor.numel * trainer.policy.itemsize for tensor in stream]
-    ends = bucket_ends(sizes, bucket_bytes)
+@cache
+def _buckets(stream: Stream, limit: int, itemsize: int) -> tuple[Counter[int], int]:
+    """Buckets that end in each stage, and bytes of the largest."""
+    sizes = [tensor.numel * itemsize for tensor in stream.tensors]
+    ends = bucket_ends(sizes, limit)
     starts = [0, *(end + 1 for end in ends[:-1])]
     largest = max(sum(sizes[a : b + 1]) for a, b in zip(starts, ends, strict=True))
+    return Counter(stream.tensors[end].stage for end in ends), largest
+
+
+def sync_plan(trainer: Trainer, *, bucket_bytes: int, transport: str) -> SyncPlan:
+    """The update as `Policy.export` and `WeightSync` do it: tensor by tensor, gathered over tensor- and expert-parallel
+    ranks, sent along the pipeline, and from the first rank to all servers at once (NCCL pipelines its broadcast)."""
+    stream, itemsize = trainer.policy.stream, trainer.policy.itemsize
+    buckets, largest = _buckets(stream, bucket_bytes, itemsize)
     stages = [
-        StageSync(
-            stage,
-            sum(tensor.stage == stage for tensor in stream),
-            sum(size for size, tensor in zip(sizes, stream, strict=True) if tensor.stage == stage),
-            sum(stream[end].stage == stage for end in ends),
-        )
-        for stage in range(trainer.parallel.pp)
+        StageSync(rank, stage.tensors, stage.numel * itemsize, buckets[rank])
+        for rank, stage in enumerate(stream.stages)
     ]
-    total, tp = sum(sizes), trainer.parallel.tp
+    total, tp, ep = stream.numel * itemsize, trainer.parallel.tp, trainer.parallel.ep
     disk = trainer.assumptions.disk_gb_s * GIGA
     seconds = {
         "gather over tensor-parallel ranks": (tp - 1) / tp * total / trainer.link(tp),
+        "gather experts": (ep - 1) / ep * stream.experts * itemsize / trainer.link(tp * ep),
         "along the pipeline": total / trainer.network if trainer.parallel.pp > 1 else 0.0,
     }
     if transport == "group":

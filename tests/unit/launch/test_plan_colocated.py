@@ -76,7 +76,7 @@ def test_what_a_sleeping_server_keeps_is_not_the_trainers():
 
 def test_numbers_that_contradict_each_other_are_refused():
     config = load_config(RECIPE)
-    with pytest.raises(UnusableInput, match=r"parallel\.dp x tp x pp = 8: all of them train"):
+    with pytest.raises(UnusableInput, match=r"parallel\.dp x tp x pp x cp = 8: all of them train"):
         crew_of(config, 16, None)
     with pytest.raises(UnusableInput, match="servers run on the trainer's GPUs"):
         crew_of(config, 8, 4)

@@ -1,6 +1,7 @@
 """`urlvr plan` as a user calls it: its pages, its refusals, its search."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from tiny_models import write_qwen2
 from megatron_urlvr import cli
 from megatron_urlvr.config.loader import load_config
 from megatron_urlvr.launch.plan.crew import crew_of
+from megatron_urlvr.launch.plan.hardware import GPUS, assume
+from megatron_urlvr.launch.plan.plan import Model, load_model, make_plan
+from megatron_urlvr.launch.plan.search import search
 
 CONFIG = """
 run: {{name: small, dir: runs/small, steps: 10, seed: 3}}
@@ -57,6 +61,10 @@ def test_the_page_and_the_json_say_the_same(urlvr, config):
         sum(told["seconds"][phase] for phase in ("generate", "score", "train", "sync"))
     )
     assert [rank["pp_ranks"] for rank in told["ranks"]] == [[0], [1]]
+    hours = told["seconds"]["total"] * 16 / 3600
+    assert told["gpu_hours"] == {"step": pytest.approx(hours), "run": pytest.approx(10 * hours)}
+    assert f"{hours:9.2f}   a step on 16 GPUs" in page
+    assert " x cp " not in page
     for name in told["assumptions"]:
         assert f"  {name} = " in page
 
@@ -69,6 +77,46 @@ def test_an_assumption_can_be_replaced_and_moves_what_rests_on_it(urlvr, config)
     code, _, err = urlvr("plan", config, "--assume", "compute_eficiency=0.3")
     assert code == 2
     assert "Did you mean compute_efficiency?" in err
+
+
+def test_context_parallelism_is_named_and_asked_why(urlvr, config):
+    code, page, _ = urlvr("plan", config, "parallel.cp=2", "--gpus", 24)
+    assert code == 0
+    assert "16 train, 8 serve" in page
+    assert "dp 2 x tp 2 x pp 2 x cp 2, " in page
+    assert "micro-batches of 128 tokens over 2 ranks" in page
+    assert "passed around a ring" in page
+    assert "parallel.cp = 2 is not needed" in page
+    code, page, _ = urlvr("plan", config, "parallel.cp=4", "parallel.tp=2", "parallel.share_prefix=true", "--gpus", 40)
+    assert "gathered (our own attention" in page
+    code, page, _ = urlvr("plan", config, "parallel.cp=8", "parallel.pp=1", "parallel.dp=1", "--gpus", 24)
+    assert "keys and values of every layer use the network" in page
+    code, _, err = urlvr("plan", config, "parallel.cp=64", "--gpus", 520)
+    assert code == 2
+    assert "cuts every sequence into 128 stretches, and the longest has 79 tokens" in err
+
+
+def test_a_search_spreads_sequences_where_they_fit_no_other_way(config):
+    long = [
+        "rollout.engine=embedded",
+        "rollout.max_new_tokens=32768",
+        "parallel.tp=1",
+        "parallel.pp=1",
+        "parallel.dp=auto",
+        "servers.bucket_mb=1",  # else the sync takes more than the sequences
+    ]
+    loaded = load_model(load_config(config, long))
+    undivided = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    model = Model({**loaded.hf, **undivided, "max_position_embeddings": 1 << 20}, loaded.family)
+    gpu, peak = GPUS["H100-80GB"], {}
+    for cp in (1, 2):
+        layout = load_config(config, [*long, f"parallel.cp={cp}", "model.recompute=full"])
+        plan = make_plan(layout, model, gpu, crew_of(layout, 2, None), assume([]), built=False)
+        peak[cp] = plan.ranks[0].peak
+    for memory, cp in ((sum(peak.values()) // 2, 2), (peak[1] + (1 << 20), 1)):
+        best = search(load_config(config, long), model, replace(gpu, memory=memory), 2, assume([]))[0]
+        assert best.plan.config.parallel.cp == cp
+        assert f"parallel.cp={cp}" in best.overrides
 
 
 def test_generation_beside_training_takes_the_longer_of_the_two(urlvr, config):

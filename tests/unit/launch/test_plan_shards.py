@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import write_qwen2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import write_family, write_qwen2
 
 from megatron_urlvr.config.model import ModelSection
 from megatron_urlvr.config.optim import OptimSection
@@ -18,7 +20,6 @@ from megatron_urlvr.launch.plan.shards import (
     kinds_of_stages,
     layers_of_stages,
     storage_bytes,
-    stream_of,
 )
 from megatron_urlvr.policy.hf.families import family_of
 from megatron_urlvr.policy.hf.folder import read_config
@@ -31,7 +32,8 @@ OPTIM = OptimSection(lr=1e-3)
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {name: write_qwen2(root / name, tied=name == "tied", layers=4) for name in ("tied", "untied")}
+    dense = {name: write_qwen2(root / name, tied=name == "tied", layers=4) for name in ("tied", "untied")}
+    return dense | {"experts": write_family(root / "experts", "qwen3_moe", layers=4)}
 
 
 def policy_of(
@@ -68,7 +70,7 @@ def allocated(folder: Path, dtype: str, *, distributed: bool) -> tuple[int, int,
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain optimizer", "distributed optimizer"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["tied", "untied"])
+@pytest.mark.parametrize("name", ["tied", "untied", "experts"])
 def test_weights_gradients_and_optimizer_take_the_bytes_that_a_real_policy_allocates(folders, name, dtype, distributed):
     real = allocated(folders[name], dtype, distributed=distributed)
     (shard,) = planned(folders[name], getattr(torch, dtype), distributed_optimizer=distributed)
@@ -82,6 +84,21 @@ def test_four_data_parallel_ranks_share_the_optimizer_and_nothing_else(folders):
     assert shared.gradients >= alone.gradients
     # Megatron pads buffers so that every rank's part has one length: a few hundred elements, 12 bytes each.
     assert 0 <= shared.optimizer - alone.optimizer / 4 <= 12 * 1024
+
+
+def test_context_parallel_ranks_hold_and_share_what_as_many_data_parallel_ones_do(folders):
+    assert planned(folders["untied"], torch.bfloat16, dp=2, cp=2) == planned(folders["untied"], torch.bfloat16, dp=4)
+
+
+def test_experts_are_spread_and_their_optimizer_is_shared_by_the_ranks_that_hold_the_same(folders):
+    (alone,) = planned(folders["experts"], torch.bfloat16)
+    (spread,) = planned(folders["experts"], torch.bfloat16, dp=2, cp=2, ep=2)
+    experts = 4 * 4 * 3 * 32 * 24  # layers, experts, three matrices of hidden x channels
+    assert (alone.expert_parameters, spread.expert_parameters) == (experts, experts // 2)
+    assert spread.parameters == alone.parameters - experts // 2
+    dense = alone.parameters - experts
+    shared = 12 * (dense / 4 + experts / 2 / 2)
+    assert 0 <= spread.optimizer - shared <= 12 * 1024
 
 
 @pytest.mark.parametrize("name", ["tied", "untied"])
@@ -101,17 +118,31 @@ def test_interleaved_and_uneven_stages_hold_the_layers_that_the_config_says(fold
     both = policy_of(folders["untied"], layers=10, pp=2, vpp=2, stage_layers=[3, 2, 4, 1])
     assert layers_of_stages(both.parallel, 10) == [7, 3]
     assert kinds_of_stages(both.parallel, 10) == [(0,), (1,)]
-    stages = [tensor.stage for tensor in stream_of(both) if "input_layernorm" in tensor.name]
+    stages = [tensor.stage for tensor in both.stream.tensors if "input_layernorm" in tensor.name]
     assert stages == [0, 0, 0, 1, 1, 0, 0, 0, 0, 1]
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2, "sequence_parallel": True}, {"tp": 2, "pp": 2}, {"pp": 4}])
-def test_a_search_estimates_what_building_counts_up_to_padding(tmp_path, layout):
-    folder = write_qwen2(tmp_path / "even", vocab_size=128, layers=4, tokenizer=False)
+@pytest.mark.parametrize(
+    ("experts", "layout"),
+    [
+        (False, {"tp": 2, "sequence_parallel": True}),
+        (False, {"tp": 2, "pp": 2, "cp": 2}),
+        (False, {"pp": 4}),
+        (True, {"ep": 4, "cp": 2}),
+        (True, {"tp": 2, "sequence_parallel": True, "pp": 2, "ep": 2}),
+    ],
+)
+def test_a_search_estimates_what_building_counts_up_to_padding(tmp_path, folders, experts, layout):
+    folder = folders["experts"] if experts else tmp_path / "even"
+    if not experts:
+        write_qwen2(folder, vocab_size=128, layers=4, tokenizer=False)
     built = planned(folder, torch.bfloat16, dp=2, **layout)
     estimated = estimated_shards(policy_of(folder, torch.bfloat16, dp=2, **layout))
     for one, other in zip(built, estimated, strict=True):
-        assert (one.pp_ranks, one.layers, one.parameters) == (other.pp_ranks, other.layers, other.parameters)
+        padding = 32 // layout.get("tp", 1) if experts else 0  # 29 entries of a table to an even number
+        assert (one.pp_ranks, one.layers) == (other.pp_ranks, other.layers)
+        assert one.expert_parameters == other.expert_parameters
+        assert 0 <= one.parameters - other.parameters <= padding
         assert 0 <= one.total - other.total <= 18 * 4096
 
 
@@ -127,13 +158,14 @@ PUBLISHED = {
     "Qwen3-4B-Base": 4_022_468_096,
     "Qwen3-8B-Base": 8_190_735_360,
     "Llama-3.1-8B": 8_030_261_248,
+    "Qwen3-30B-A3B": 30_532_122_624,
 }
 """Parameters in the safetensors of the Hugging Face repositories; Qwen3-1.7B without the copy of its tied table."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_models_of_the_recipes_have_the_published_number_of_parameters(name):
-    assert sum(tensor.numel for tensor in stream_of(policy_of(MODELS / name))) == PUBLISHED[name]
+    assert policy_of(MODELS / name).stream.numel == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-7B", "Qwen3-1.7B-Base"])
@@ -142,5 +174,30 @@ def test_the_stream_holds_transformers_tensors_by_name_and_size(name):
 
     with torch.device("meta"):
         oracle = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODELS / name))
-    stream = {tensor.name: tensor.numel for tensor in stream_of(policy_of(MODELS / name))}
+    stream = {tensor.name: tensor.numel for tensor in policy_of(MODELS / name).stream.tensors}
     assert stream == {parameter: tensor.numel() for parameter, tensor in oracle.named_parameters()}
+
+
+@settings(deadline=None, max_examples=15)
+@given(experts=st.integers(2, 6), width=st.integers(1, 9), layers=st.integers(1, 3), data=st.data())
+def test_a_mixture_counts_all_parameters_and_the_active_ones_as_transformers_does(experts, width, layers, data):
+    """A model of as many experts as a token goes to has the active parameters, but for the router's other rows."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    chosen = data.draw(st.integers(1, experts))
+
+    def oracle(experts: int) -> tuple[int, dict[str, object]]:
+        config = Qwen3MoeConfig(
+            vocab_size=29, hidden_size=8, intermediate_size=16, num_hidden_layers=layers, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=4, num_experts=experts, num_experts_per_tok=chosen,
+            moe_intermediate_size=width, architectures=["Qwen3MoeForCausalLM"],
+        )  # fmt: skip
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        return sum(parameter.numel() for parameter in model.parameters()), config.to_dict()
+
+    total, hf = oracle(experts)
+    policy = PlannedPolicy(hf, family_of(hf, "-"), ParallelSection(), 1, torch.float32, "none", None)
+    assert policy.stream.numel == total
+    active = total - policy.mixture.idle_parameters
+    assert active == oracle(chosen)[0] + layers * 8 * (experts - chosen)
