@@ -21,6 +21,7 @@ HAS_CHAT_TEMPLATE = {
     "Qwen3-32B": True,
     "Qwen3-4B-Base": True,
     "Qwen3-8B-Base": True,
+    "Qwen3-30B-A3B": True,
 }
 """From `tokenizer_config.json` on the Hugging Face hub: Qwen's base models ship one, Meta's do not."""
 
