@@ -29,6 +29,10 @@ class OptimSection(Section):
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay of the weights' moving average; None keeps none."""
 
+    offload: bool = False
+    """Keep AdamW's float32 masters and moments in host memory, and on the device for the optimizer's step alone. Needs
+    `parallel.distributed_optimizer`."""
+
     @rule("min_lr", "lr")
     def _floor(self) -> str | None:
         return f"min_lr = {self.min_lr} is above lr = {self.lr}: it is the floor" if self.min_lr > self.lr else None

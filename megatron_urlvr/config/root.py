@@ -211,6 +211,15 @@ class Config(Section):
             )
         return None
 
+    @rule("optim.offload", "parallel.distributed_optimizer")
+    def _offloaded_shards(self) -> str | None:
+        if self.optim.offload and not self.parallel.distributed_optimizer:
+            return (
+                "optim.offload = true with parallel.distributed_optimizer = false: what would travel is this rank's "
+                "share of the optimizer; set parallel.distributed_optimizer=true"
+            )
+        return None
+
     @rule("servers.colocated", "rollout.engine", "rollout.max_staleness", "run.rollout_only", "reward.providers")
     def _servers_in_turns(self) -> str | None:
         if not self.servers.colocated:

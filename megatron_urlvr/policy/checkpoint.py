@@ -6,6 +6,7 @@ A checkpoint is written under a temporary name, gets a manifest of its files, an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -13,7 +14,6 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -182,26 +182,33 @@ def load(policy: Policy, path: Path) -> dict[str, Any]:
     if problem := _agree(policy, problem):
         raise CheckpointError(problem)
     stepped = bool(json.loads((path / MANIFEST).read_text())["stepped"])
-    if policy.optimizer is not None:
-        policy.optimizer.stepped = stepped
-        if stepped:
-            prepare_for_load(policy.optimizer)
-    state = sharded_state(policy, loading=True)
-    loaded = _read(state, path)
-    for i, chunk in enumerate(policy.chunks):
-        chunk.load_state_dict(loaded[f"model{i}"])
-    if policy.optimizer is not None and stepped:
-        policy.optimizer.megatron.load_state_dict(loaded["optimizer"])
-    elif policy.optimizer is not None:
-        for part in policy.optimizer.parts:
-            part.optimizer.state.clear()
-        policy.optimizer.megatron.reload_model_params()
+    with contextlib.nullcontext() if policy.optimizer is None else policy.optimizer.resident():
+        loaded = _load_weights_and_optimizer(policy, path, stepped=stepped)
     if policy.ema is not None:
         policy.ema.load(loaded["ema"])
     if json.loads((path / MANIFEST).read_text())["layout"] == sizes(policy):
         load_rng(path, layout.rank)
     trainer: dict[str, Any] = json.loads((path / TRAINER).read_text())
     return trainer
+
+
+def _load_weights_and_optimizer(policy: Policy, path: Path, *, stepped: bool) -> dict[str, Any]:
+    """Returns all that the checkpoint holds. `stepped`: moments are among it."""
+    optimizer = policy.optimizer
+    if optimizer is not None:
+        optimizer.stepped = stepped
+        if stepped:
+            prepare_for_load(optimizer)
+    loaded = _read(sharded_state(policy, loading=True), path)
+    for i, chunk in enumerate(policy.chunks):
+        chunk.load_state_dict(loaded[f"model{i}"])
+    if optimizer is not None and stepped:
+        optimizer.megatron.load_state_dict(loaded["optimizer"])
+    elif optimizer is not None:
+        for part in optimizer.parts:
+            part.optimizer.state.clear()
+        optimizer.megatron.reload_model_params()
+    return loaded
 
 
 def newest_intact(policy: Policy, folder: Path) -> tuple[Path | None, list[str]]:
@@ -244,7 +251,7 @@ def _read(state: dict[str, Any], path: Path) -> dict[str, Any]:
             raise
 
 
-@contextmanager
+@contextlib.contextmanager
 def _environment(**values: str | None) -> Iterator[None]:
     """Environment variables set (None: unset) for a while."""
     before = {name: os.environ.pop(name, None) for name in values}

@@ -51,9 +51,10 @@ def sharded_state(policy: Policy, *, loading: bool = False) -> dict[str, Any]:
     state: dict[str, Any] = _model_state(policy)
     if policy.optimizer is not None and policy.optimizer.stepped:  # before the first step there are no moments
         patch_distributed_optimizer(policy.optimizer)
-        state["optimizer"] = policy.optimizer.megatron.sharded_state_dict(
-            _model_state(policy), is_loading=loading, metadata=dict(METADATA)
-        )
+        with policy.optimizer.resident():
+            state["optimizer"] = policy.optimizer.megatron.sharded_state_dict(
+                _model_state(policy), is_loading=loading, metadata=dict(METADATA)
+            )
     if policy.ema is not None:
         state["ema"], averages = {}, policy.ema.tensors
         for chunk in policy.chunks:

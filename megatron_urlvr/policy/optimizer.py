@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from ..config.optim import OptimSection
 from .model import PolicyModel
+from .parking import Parking
 
 
 class NonFiniteError(RuntimeError):
@@ -53,6 +55,8 @@ class PolicyOptimizer:
         self.clip = section.clip_grad
         self.weight_decay = section.weight_decay
         self.distributed = distributed
+        self.offload = section.offload
+        self._parking, self._asked_for = Parking(), 0
         self.stepped = False
         """Moments exist: at least one step was taken, here or before the checkpoint that was loaded."""
         self.megatron: Any = get_megatron_optimizer(
@@ -71,12 +75,37 @@ class PolicyOptimizer:
             list(chunks),
         )
 
+    @contextmanager
+    def resident(self) -> Iterator[None]:
+        """Masters and moments are on the device for the time of a block, in which alone they may be looked at where
+        `optim.offload` keeps them in host memory otherwise."""
+        self._parking.bring_back()
+        self._asked_for += 1
+        try:
+            yield
+        finally:
+            self._asked_for -= 1
+            self.park()
+
+    def park(self) -> None:
+        """Send masters and moments to host memory, where `optim.offload` wants them there and nobody looks at them."""
+        if self.offload and not self._asked_for:
+            self._parking.park(self._offloaded())
+
+    def _offloaded(self) -> Iterator[torch.Tensor]:
+        """Masters and moments; a float32 parameter is its own master, and stays."""
+        for part in self.parts:
+            yield from (master for group in part.shard_fp32_from_float16_groups for master in group)
+            for state in part.optimizer.state.values():
+                yield from (each for each in state.values() if isinstance(each, torch.Tensor) and each.dim() > 0)
+
     def zero_grad(self) -> None:
         """Drop gradients of the last step."""
         self.megatron.zero_grad()
 
     def step(self, lr: float) -> float:
-        """Clip by the global norm and step at `lr`; returns the norm before clipping.
+        """Clip by the global norm and step at `lr`; returns the norm before clipping. To be called where masters and
+        moments are `resident`.
 
         Raises NonFiniteError, with weights and moments untouched, when the norm is not finite.
         """

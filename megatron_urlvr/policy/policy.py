@@ -119,6 +119,7 @@ class Policy:
             self.optimizer = PolicyOptimizer(optim, self.trained, distributed=distributed)
             if optim.ema_decay:
                 self.ema = MovingAverage(self.parameters, self.optimizer, decay=optim.ema_decay)
+            self.optimizer.park()
         # The loss is normalised already: finish the gradient reduction, divide by nothing.
         self.chunks[0].config.finalize_model_grads_func = lambda model, num_tokens, **kwargs: finalize_model_grads(
             model, None, **kwargs
@@ -197,10 +198,11 @@ class Policy:
         metrics = loss.finish(self._reduce(found)) | spread.metrics
         if not math.isfinite(metrics["train/loss"]):
             raise NonFiniteError(f"the loss is {metrics['train/loss']}")
-        metrics["train/grad_norm"] = self.optimizer.step(lr)
+        with self.optimizer.resident():
+            metrics["train/grad_norm"] = self.optimizer.step(lr)
+            if self.ema is not None:
+                self.ema.track()
         metrics["train/lr"] = lr
-        if self.ema is not None:
-            self.ema.track()
         return metrics
 
     def _reduce(self, found: list[dict[str, torch.Tensor]]) -> dict[str, float]:

@@ -74,6 +74,25 @@ def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.T
 # -- what is saved is what is loaded ----------------------------------------------------------------------------------
 
 
+def test_an_optimizer_in_host_memory_goes_on_from_another_ones_checkpoint_and_the_other_from_its(make_policy, tmp_path):
+    def policy(offload: bool) -> Policy:
+        return make_policy(optim=SECTION.model_copy(update={"offload": offload}), model={"dtype": "bfloat16"})
+
+    held: list[tuple[Policy, Path]] = []
+    for offload in (False, True):
+        held.append((policy(offload), tmp_path / str(offload)))
+        train(held[-1][0], 2)
+    saved = [checkpoint.save(each, folder, 2, TRAINER, keep=1) for each, folder in held]
+    others = [policy(False), policy(True)]
+    for other, path in zip(others, reversed(saved), strict=True):
+        assert checkpoint.load(other, path) == TRAINER
+    for each in (held[0][0], *others):
+        train(each, 2)
+    for other in others:
+        with other.optimizer.resident():
+            assert_same_bits(everything(other), everything(held[0][0]))
+
+
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain optimizer", "distributed optimizer"])
 @pytest.mark.parametrize("name", ["untied", "tied"])
 def test_training_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(make, tmp_path, name: str, distributed: bool):

@@ -209,3 +209,30 @@ def test_an_infinite_loss_or_a_nan_gradient_leaves_weights_and_moments_alone(mak
     assert policy.ema is not None
     assert never_failed.ema is not None
     assert_same_bits(policy.ema.tensors, never_failed.ema.tensors)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_optimizer_in_host_memory_takes_the_same_steps_and_leaves_the_devices_memory(
+    make_policy, folders, dtype: str
+):
+    section = OptimSection(lr=1e-2, ema_decay=0.9)
+    policies = [
+        make_policy(optim=section.model_copy(update={"offload": offload}), model={"dtype": dtype})
+        for offload in (False, True)
+    ]
+    batch = trained_rows(folders["untied"])
+    for _ in range(3):
+        found = [policy.update(batch, clip_loss(), lr=1e-2) for policy in policies]
+        assert found[0] == found[1]
+        moments = [
+            each.untyped_storage().nbytes()
+            for policy in policies
+            for part in policy.optimizer.parts
+            for state in part.optimizer.state.values()
+            for each in (state["exp_avg"], state["exp_avg_sq"])
+        ]
+        assert any(moments)
+        assert not any(moments[len(moments) // 2 :])
+    plain, offloaded = policies
+    assert_same_bits(dict(offloaded.parameters), dict(plain.parameters))
+    assert_same_bits(offloaded.ema.tensors, plain.ema.tensors)
