@@ -39,6 +39,8 @@ def check(
 def _device(config: Config, device: str) -> Iterator[str]:
     if config.run.device == "cuda" and device == "cpu":
         yield "run.device = 'cuda', but torch sees no CUDA device: set run.device=auto; `urlvr doctor` says more."
+    if config.model.fp8 != "none" and device == "cpu":
+        yield f"model.fp8 = {config.model.fp8!r} needs Transformer Engine on a GPU: set model.fp8=none here."
     if config.run.device == "cpu" and device == "cuda":
         yield (
             "run.device = 'cpu' on a machine with CUDA devices: hide them with CUDA_VISIBLE_DEVICES= in front of the "

@@ -134,15 +134,33 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 """Megatron's settings for `model.recompute`."""
+FP8: dict[str, dict[str, Any]] = {
+    "none": {},
+    **{name: {"fp8": name, "fp8_recipe": "tensorwise"} for name in ("hybrid", "e4m3")},
+}
+"""Megatron's settings for `model.fp8`."""
+FP8_ROWS = 16
+"""Of which 8-bit products want the number of rows to be a multiple."""
 
 
 def transformer_config(
-    hf: Mapping[str, Any], family: Family, parallel: ParallelSection, *, dtype: torch.dtype, recompute: str
+    hf: Mapping[str, Any],
+    family: Family,
+    parallel: ParallelSection,
+    *,
+    dtype: torch.dtype,
+    recompute: str,
+    fp8: str = "none",
 ) -> TransformerConfig:
     """Megatron's config of a Hugging Face one."""
     shape = shape_of(hf, tp=parallel.tp)
     std = float(hf.get("initializer_range", 0.02))
-    more = {**RECOMPUTE[recompute], **_stages(parallel), **(_experts(hf, parallel) if family.experts else {})}
+    more = {
+        **RECOMPUTE[recompute],
+        **FP8[fp8],
+        **_stages(parallel),
+        **(_experts(hf, parallel) if family.experts else {}),
+    }
     return TransformerConfig(
         num_layers=int(hf["num_hidden_layers"]),
         hidden_size=shape.hidden,
@@ -252,9 +270,10 @@ def build_chunks(
     recompute: str,
     share_prefix: bool,
     real_vocab: int,
+    fp8: str = "none",
 ) -> list[PolicyModel]:
     """This rank's parts of the model (one, or `parallel.vpp` of them), on its device, with random weights."""
-    config = transformer_config(hf, family, parallel, dtype=dtype, recompute=recompute)
+    config = transformer_config(hf, family, parallel, dtype=dtype, recompute=recompute, fp8=fp8)
     shape = shape_of(hf, tp=parallel.tp)
     chunks = []
     for stage in range(parallel.vpp):

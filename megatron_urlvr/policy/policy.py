@@ -26,6 +26,7 @@ from ..config.model import ModelSection
 from ..config.optim import OptimSection
 from ..config.parallel import ParallelSection
 from ..distributed.layout import Layout, broadcast_json
+from ..exit_codes import UnusableInput
 from ..types import TokenStats
 from .attention import PackedSequence
 from .average import MovingAverage
@@ -42,7 +43,7 @@ from .batch import (
 )
 from .hf.families import family_of
 from .hf.folder import read_config, write_folder
-from .model import Head, build_chunks, has_transformer_engine, parameters_of
+from .model import FP8_ROWS, Head, build_chunks, has_transformer_engine, parameters_of
 from .optimizer import NonFiniteError, PolicyOptimizer, wrap
 from .spread import Spread
 from .weights import Shadow, WeightMap
@@ -86,6 +87,12 @@ class Policy:
         family = family_of(self.hf, model.path)
         self.temperature = temperature
         self.max_tokens = parallel.max_tokens_per_microbatch
+        if model.fp8 != "none" and not has_transformer_engine():
+            raise UnusableInput(
+                f"model.fp8 = {model.fp8!r} needs Transformer Engine, which is not installed here or sees no GPU: "
+                "install it (docs/gpu.md), or set model.fp8=none"
+            )
+        self.pad_to = layout.tp * (1 if model.fp8 == "none" else FP8_ROWS)
         self.share = Share(layout.cp, layout.cp_rank)
         self.share_prefix = _share_prefix(parallel)
         self.cost = RowCost.of(self.hf)
@@ -100,6 +107,7 @@ class Policy:
             recompute=model.recompute,
             share_prefix=self.share_prefix,
             real_vocab=real_vocab or int(self.hf["vocab_size"]),
+            fp8=model.fp8,
         )
         """The model: its parts of this rank, one or (interleaved stages) several, in the order of their layers."""
         self.parameters = parameters_of(self.chunks)
@@ -243,7 +251,7 @@ class Policy:
             plan += [[] for _ in range(-len(plan) % layout.pp)]
         if layout.pp > 1:
             plan = level_microbatches(rows, plan, share_prefix=self.share_prefix)
-        packing: Any = {"share_prefix": self.share_prefix, "pad_to": layout.tp, "share": self.share}
+        packing: Any = {"share_prefix": self.share_prefix, "pad_to": self.pad_to, "share": self.share}
         # Stages exchange activations of one agreed shape: shorter micro-batches are padded to the longest.
         lengths = [packed_length(rows, part, **packing) for part in plan]
         length = max(lengths) if layout.pp > 1 else 0

@@ -76,7 +76,8 @@ class Assumptions(Section):
     decode_step_ms: float = Field(default=3.0, ge=0)
     """Time of one decode step that neither weights nor cache explain: launches, all-reduces, sampling, scheduling."""
     host_gb_s: float = Field(default=20.0, gt=0)
-    """Rate at which a GPU reads the reference or the moving average from the host's memory; PCIe 4 x16 has 32."""
+    """Rate at which a GPU reads the reference, the moving average or the optimizer from the host's memory, and writes
+    there; PCIe 4 x16 has 32."""
     disk_gb_s: float = Field(default=2.0, gt=0)
     """Rate at which the trainer's first rank writes the snapshot of the weights."""
     trainer_reserve_gib: float = Field(default=5.0, ge=0)

@@ -96,7 +96,8 @@ def in_flight(parallel: ParallelSection, pp_rank: int, microbatches: int) -> flo
 
 @dataclass(frozen=True)
 class RankMemory:
-    """One trainer rank, bytes. `update`, `score` and `sync` are needed one after the other, beside what stays."""
+    """One trainer rank, bytes. `update`, `score`, `sync` and what visits for the optimizer's step are needed one after
+    the other, beside what stays."""
 
     shard: Shard
     activations: int
@@ -114,7 +115,7 @@ class RankMemory:
     @property
     def peak(self) -> int:
         """The most at any time."""
-        return self.shard.total + self.reserve + max(self.update, self.score, self.sync)
+        return self.shard.total + self.reserve + max(self.update, self.score, self.sync, self.shard.visiting)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from .generate import Fleet, Job, fleet_of, generation
 from .hardware import GIB, GPU, Assumptions
 from .memory import Load, RankMemory, ServerMemory, rank_memory
 from .providers import answered, asked_of
-from .shards import PlannedPolicy, build_shards, estimated_shards
+from .shards import PlannedPolicy, Shard, build_shards, estimated_shards
 from .speed import Trainer
 from .step import Times, step_times
 from .sync import SyncPlan, sync_plan
@@ -126,7 +126,7 @@ def make_plan(
         tokens=load.tokens,
         ranks=ranks,
         fleet=fleet,
-        host_bytes=_copies(config) * 4 * max(shard.parameters for shard in shards),
+        host_bytes=max(_in_host_memory(shard, config, policy) for shard in shards),
         times=times,
         sync=sync,
         work=work,
@@ -169,9 +169,18 @@ def _load(config: Config, work: Workload, times: Times, assumptions: Assumptions
     )
 
 
-def _copies(config: Config) -> int:
-    """Float32 copies of the weights in host memory."""
-    return int(config.keeps_start) + int(config.optim.ema_decay is not None)
+def _in_host_memory(shard: Shard, config: Config, policy: PlannedPolicy) -> int:
+    """Bytes of a rank there: the reference, float32; its part of the moving average, as of the masters; and of the
+    optimizer, where it is offloaded."""
+    reference = 4 * shard.parameters if config.keeps_start else 0
+    if config.optim.ema_decay is None:
+        average = 0.0
+    elif config.parallel.distributed_optimizer:
+        experts = shard.expert_parameters
+        average = 4 * ((shard.parameters - experts) / policy.replicas + experts / policy.expert_replicas)
+    else:
+        average = 4.0 * shard.parameters
+    return reference + int(average) + shard.visiting
 
 
 class UnplannableError(UnusableInput):

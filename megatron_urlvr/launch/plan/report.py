@@ -77,7 +77,10 @@ def _memory(plan: Plan) -> Iterator[str]:
         sizes = (shard.weights, shard.gradients, shard.optimizer, rank.activations, rank.working, rank.head)
         cells += [f"{size / GIB:.1f}" for size in (*sizes, rank.score, rank.sync, rank.reserve, rank.peak)]
         yield "".join(f"{cell:>{_width(head)}}" for cell, head in zip(cells, COLUMNS, strict=True))
-    yield "peak = weights + grads + optim + reserve + the largest of update (activ. + working + head), score, sync"
+    if plan.policy.offloads:
+        yield "peak = weights + grads + reserve + the largest of update (activ. + working + head), score, sync, optim"
+    else:
+        yield "peak = weights + grads + optim + reserve + the largest of update (activ. + working + head), score, sync"
     modes = [f"{mode} {kept_per_token(plan.policy, mode) / 1024:.1f}" for mode in ("none", "selective", "full")]
     yield f"activations, KiB a token and layer by recompute: {', '.join(modes)}"
     if cp > 1:
@@ -86,7 +89,8 @@ def _memory(plan: Plan) -> Iterator[str]:
     if plan.policy.mixture.experts:
         yield _experts(plan)
     if plan.host_bytes:
-        yield f"host memory of each rank for reference and moving average: {plan.host_bytes / GIB:.1f} GiB"
+        state = ", optimizer" if plan.policy.offloads else ""
+        yield f"host memory of each rank for reference, moving average{state}: {plan.host_bytes / GIB:.1f} GiB"
 
 
 def _experts(plan: Plan) -> str:
@@ -121,7 +125,7 @@ def _server(plan: Plan) -> Iterator[str]:
     if plan.crew.shared:
         peak, asleep = max(rank.peak for rank in plan.ranks) / GIB, plan.assumptions.sleeping_server_gib
         stays = f"{server.trainer / GIB:.1f} of the trainer stay on each GPU"
-        yield f"while they generate, {stays}: weights, grads, optim, reserve"
+        yield f"while they generate, {stays}: weights, grads, {'' if plan.policy.offloads else 'optim, '}reserve"
         yield f"while the policy trains, {asleep:.1f} of a sleeping server stay beside the trainer's peak of {peak:.1f}"
 
 

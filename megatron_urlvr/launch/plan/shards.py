@@ -39,6 +39,11 @@ class PlannedPolicy:
     """Tokens of the fullest expert-parallel rank over the mean, as assumed."""
 
     @property
+    def offloads(self) -> bool:
+        """The optimizer's state is in host memory between steps."""
+        return self.optim is not None and self.optim.offload
+
+    @property
     def mixture(self) -> Mixture:
         """Its experts."""
         return mixture_of(self.hf)
@@ -100,6 +105,8 @@ class Shard:
     """Float32 masters where weights are narrower, and two moments."""
     expert_parameters: int = 0
     """Of `parameters`, those of this rank's experts."""
+    offloaded: bool = False
+    """The optimizer's part is on the GPU for its step alone, and in host memory otherwise."""
 
     @property
     def expert_share(self) -> float:
@@ -109,7 +116,12 @@ class Shard:
     @property
     def total(self) -> int:
         """Bytes that stay for the whole run."""
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer - self.visiting
+
+    @property
+    def visiting(self) -> int:
+        """Bytes that are there for the optimizer's step alone."""
+        return self.optimizer if self.offloaded else 0
 
 
 def layers_of_stages(parallel: ParallelSection, layers: int) -> list[int]:
@@ -168,6 +180,7 @@ def _build_shard(policy: PlannedPolicy, pp_ranks: tuple[int, ...], layout: Layou
         gradients=storage_bytes(gradients),
         optimizer=storage_bytes(masters, besides=weights) + MOMENTS * 4 * sum(master.numel() for master in masters),
         expert_parameters=sum(parameter.numel() for name, parameter in named.items() if EXPERTS in name),
+        offloaded=policy.offloads,
     )
 
 
@@ -212,6 +225,7 @@ def estimated_shards(policy: PlannedPolicy) -> list[Shard]:
                 gradients=int((dense + mine) * 4 * trained),
                 optimizer=int(optimizer * state),
                 expert_parameters=int(mine),
+                offloaded=policy.offloads,
             )
         )
     return shards

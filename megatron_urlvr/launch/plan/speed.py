@@ -156,4 +156,5 @@ class Trainer:
             gather += others * shard.weights / link if sharded else 0.0
             touched += share * shard.gradients / (ranks if sharded else 1)
         adam = touched / (self.gpu.memory_gb_s * GIGA * self.assumptions.memory_efficiency)
+        adam += 2 * shard.visiting / (self.assumptions.host_gb_s * GIGA)  # from host memory, and back
         return {"reduce gradients": reduce, "optimizer": adam, "gather weights": gather}

@@ -96,6 +96,8 @@ def _remedies(rank: RankMemory) -> str:
     means = "use more tp, pp or dp"
     if rank.shard.expert_parameters:
         means += " or ep"
+    if rank.shard.optimizer and not rank.shard.offloaded:
+        means += ", optim.offload=true"
     means += ", model.recompute=full, or a smaller parallel.max_tokens_per_microbatch"
     return f"{means}; parallel.cp above 1 where a single sequence is too long"
 

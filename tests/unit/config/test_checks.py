@@ -30,6 +30,18 @@ def found(write):
 
 
 @pytest.mark.parametrize(
+    ("ep", "said"),
+    [
+        (3, "parallel.ep = 3 does not divide the 2 data-parallel x 2 context-parallel ranks over which experts"),
+        (4, "parallel.ep = 4 does not divide the 6 experts of model.path = 'bases/small': these sizes do: 1, 2, 3, 6."),
+    ],
+)
+def test_experts_are_spread_evenly(found, ep, said):
+    (sentence,) = found(f"parallel.ep={ep}", "parallel.cp=2", world=4, hf={"num_experts": 6})
+    assert said in sentence
+
+
+@pytest.mark.parametrize(
     ("world", "overrides"),
     [(1, []), (8, []), (4, ["parallel.tp=2", "parallel.pp=2"]), (6, ["parallel.pp=3", "parallel.dp=2"])],
 )
@@ -65,6 +77,9 @@ def test_all_that_is_wrong_is_listed_together(found):
         (["parallel.tp=4"], 4, "parallel.tp = 4 does not divide the 2 key-value heads of model.path = 'bases/small'"),
         (["parallel.pp=4"], 4, "parallel.pp = 4 does not divide the 6 layers of model.path = 'bases/small': "),
         (["parallel.pp=4"], 4, "these sizes do: 1, 2, 3, 6."),
+        (["parallel.cp=2"], 3, "x parallel.pp = 1 x parallel.cp = 2 makes 2 processes a replica"),
+        (["parallel.ep=2"], 2, "parallel.ep = 2 spreads experts, but model.path = 'bases/small' is no mixture"),
+        (["model.fp8=hybrid"], 1, "model.fp8 = 'hybrid' needs Transformer Engine on a GPU: set model.fp8=none here."),
         (
             ["rollout.max_new_tokens=1025"],
             1,

@@ -57,6 +57,23 @@ def test_servers_have_what_the_trainer_does_not_keep():
     assert plan.problems == []
 
 
+def test_an_offloaded_optimizer_leaves_its_memory_to_the_servers_and_visits_for_its_step():
+    stays, offloaded = planned(), planned("optim.offload=true", "optim.ema_decay=0.99", host_gb_s=10.0)
+    assert stays.server is not None
+    assert offloaded.server is not None
+    state = PARAMETERS / 2 * 12 / 4
+    assert stays.server.trainer - offloaded.server.trainer == pytest.approx(state, rel=0.001)
+    # The optimizer's part of a rank, and the average's, of the masters that it steps; the whole reference.
+    assert offloaded.host_bytes == pytest.approx(state + 4 * PARAMETERS / 2 * (1 / 4 + 1), rel=0.001)
+    for before, now in zip(stays.ranks, offloaded.ranks, strict=True):
+        worst = max(now.update, now.score, now.sync, now.shard.optimizer)
+        assert now.peak == now.shard.weights + now.shard.gradients + now.reserve + worst
+        assert now.peak < before.peak
+    moved = offloaded.times.after_backward["optimizer"] - stays.times.after_backward["optimizer"]
+    assert moved == pytest.approx(2 * state / 10e9, rel=0.001)
+    assert "score, sync, optim" in as_text(offloaded)
+
+
 def test_a_share_that_the_trainer_leaves_no_room_for_is_refused_with_the_largest_that_fits():
     plan = planned("servers.pools.policy.mem_fraction=0.6")
     [problem] = plan.problems

@@ -182,15 +182,18 @@ def test_gpus_are_shared_out_between_training_and_serving(config, overrides, gpu
 
 
 @pytest.mark.parametrize(
-    ("overrides", "copies"),
+    ("overrides", "whole", "parts"),
     [
-        ([], 0),
-        (["optim.ema_decay=0.9"], 1),
-        (["reward.judge=reference"], 1),
-        (["reward.judge=ema", "optim.ema_decay=0.9"], 1),
-        (["reward.judge=reference", "optim.ema_decay=0.9"], 2),
+        ([], 0, 0),
+        (["optim.ema_decay=0.9"], 0, 1),
+        (["optim.ema_decay=0.9", "parallel.distributed_optimizer=false"], 1, 0),
+        (["reward.judge=reference"], 1, 0),
+        (["reward.judge=ema", "optim.ema_decay=0.9"], 0, 1),
+        (["reward.judge=reference", "optim.ema_decay=0.9"], 1, 1),
     ],
 )
-def test_every_copy_of_the_weights_that_a_run_keeps_is_planned(urlvr, config, overrides, copies):
+def test_every_copy_of_the_weights_that_a_run_keeps_is_planned(urlvr, config, overrides, whole, parts):
+    """The reference is whole on every rank; of the average a rank keeps what it steps, as replicas do together."""
     told = json.loads(urlvr("plan", config, "--gpus", 16, "--json", "eval.every=0", *overrides)[1])
+    copies = whole + parts / told["layout"]["dp"]
     assert told["host_bytes"] == copies * 4 * max(rank["parameters"] for rank in told["ranks"])
