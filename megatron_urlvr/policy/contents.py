@@ -16,7 +16,8 @@ from .optimizer_faults import patch_distributed_optimizer
 from .policy import Policy
 
 # 0.16.1's default for a distributed optimizer, fully_sharded_model_space, cannot be saved ("flattened_range").
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+# Experts and the rest have an optimizer each; without a prefix an optimizer's keys are those of its parameters.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def fingerprint(policy: Policy) -> dict[str, Any]:
@@ -33,9 +34,9 @@ def fingerprint(policy: Policy) -> dict[str, Any]:
 
 
 def sizes(policy: Policy) -> list[int]:
-    """The layout: tp, pp, chunks a rank, dp."""
+    """The layout: tp, pp, chunks a rank, dp, cp, ep."""
     layout = policy.layout
-    return [layout.tp, layout.pp, len(policy.chunks), layout.dp]
+    return [layout.tp, layout.pp, len(policy.chunks), layout.dp, layout.cp, layout.ep]
 
 
 def sharded_state(policy: Policy, *, loading: bool = False) -> dict[str, Any]:
