@@ -105,8 +105,8 @@ def _shards(config: Config, hf_config: Mapping[str, Any]) -> Iterator[str]:
         yield _uneven("parallel.pp", pp, "layers", layers, config)
     elif layers is not None and (layers // pp) % config.parallel.vpp:
         yield _uneven("parallel.vpp", config.parallel.vpp, "layers of each pipeline rank", layers // pp, config)
-    ep, experts = config.parallel.ep, int(hf_config.get("num_experts", 0))
-    if ep > 1 and experts == 0:
+    ep, experts = config.parallel.ep, hf_config.get("num_experts") or hf_config.get("num_local_experts") or 0
+    if ep > 1 and not experts:
         yield (
             f"parallel.ep = {ep} spreads experts, but model.path = {config.model.path!r} is no mixture of experts: set "
             "parallel.ep=1."

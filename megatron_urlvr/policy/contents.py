@@ -18,9 +18,11 @@ from .policy import Policy
 # 0.16.1's default for a distributed optimizer, fully_sharded_model_space, cannot be saved ("flattened_range").
 # Memory-efficient: the first data-parallel rank gathers the optimizer's state in host memory and writes it. By default
 # every rank would gather all of it on its GPU, where 4 billion parameters take 35 GB for a moment.
+# Experts and the rest have an optimizer each; without a prefix an optimizer's keys are those of its parameters.
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,
 }
 
 
@@ -38,9 +40,9 @@ def fingerprint(policy: Policy) -> dict[str, Any]:
 
 
 def sizes(policy: Policy) -> list[int]:
-    """The layout: tp, pp, chunks a rank, cp, dp."""
+    """The layout: tp, pp, chunks a rank, dp, cp, ep."""
     layout = policy.layout
-    return [layout.tp, layout.pp, len(policy.chunks), layout.cp, layout.dp]
+    return [layout.tp, layout.pp, len(policy.chunks), layout.dp, layout.cp, layout.ep]
 
 
 def sharded_state(policy: Policy, *, loading: bool = False) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -140,10 +140,44 @@ def _patch_moe(moe_utils: Any) -> None:
         moe_utils.te_general_gemm = None
 
 
+def _patch_dispatcher(token_dispatcher: Any) -> None:
+    """The dispatcher of experts copies counts of tokens from CUDA to the host, where they are already, on a stream of
+    its own; the counts to exchange, which the copying makes arrays of, are made lists."""
+
+    def counted(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
+        for name in ("input_splits", "output_splits"):
+            if isinstance(splits := getattr(self, name), torch.Tensor):
+                setattr(self, name, splits.tolist())
+        return tokens_per_expert
+
+    dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
+    dispatcher.cuda_dtoh_stream = "none"  # one is made where this is None
+    dispatcher._maybe_dtoh_and_synchronize = counted
+
+
+def _patch_mappings(mappings: Any) -> None:
+    """gloo gathers parts of one size alone (torch 2.13), and under tensor parallelism the ranks of an expert have their
+    own numbers of tokens: parts of unequal sizes are added to zeros."""
+    gather = mappings._gather_along_first_dim
+
+    def gathered(part: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return cast(torch.Tensor, gather(part, group, sizes, use_global_buffer))
+        parts = [part.new_zeros(size, *part.shape[1:]) for size in sizes]
+        parts[group.rank()] = part
+        whole = torch.cat(parts)
+        torch.distributed.all_reduce(whole, group=group)
+        return whole
+
+    mappings._gather_along_first_dim = gathered
+
+
 _PATCHES: Mapping[str, Callable[[Any], None]] = {
     "megatron.core": _patch_tensors,
     "megatron.core.jit": _patch_jit,
+    "megatron.core.tensor_parallel.mappings": _patch_mappings,
     "megatron.core.tensor_parallel.random": _patch_random,
     "megatron.core.transformer.moe.moe_utils": _patch_moe,
+    "megatron.core.transformer.moe.token_dispatcher": _patch_dispatcher,
 }
 """What else changes once a module has run."""

@@ -26,6 +26,9 @@ from .attention import PackedAttention, PackedRotaryEmbedding, PackedSequence
 from .batch import PackedBatch
 from .hf.families import Family, experts_of, rope_frequencies, rope_theta, shape_of
 
+EXPERTS = "mlp.experts.local_experts."
+"""What precedes a rank's number of an expert in the names of its parameters."""
+
 
 def has_transformer_engine() -> bool:
     """Whether Transformer Engine's layers can be used: installed, and a CUDA device is there."""
@@ -212,7 +215,11 @@ def _stages(parallel: ParallelSection) -> dict[str, Any]:
 
 def _experts(hf: Mapping[str, Any], parallel: ParallelSection) -> dict[str, Any]:
     """Routing as in transformers' Qwen3MoeTopKRouter: a softmax over all experts, of which the `topk` largest weigh the
-    experts' outputs, made to add up to one where `norm_topk_prob` says so (a softmax over the chosen ones does)."""
+    experts' outputs, made to add up to one where `norm_topk_prob` says so (a softmax over the chosen ones does).
+
+    Of Megatron's dispatchers, "alltoall" takes as many tokens of each expert-parallel rank as it has; "allgather" wants
+    the same number of all, and replicas have micro-batches of their own lengths.
+    """
     return {
         "num_moe_experts": experts_of(hf),
         "expert_model_parallel_size": parallel.ep,
@@ -221,7 +228,7 @@ def _experts(hf: Mapping[str, Any], parallel: ParallelSection) -> dict[str, Any]
         "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
-        "moe_token_dispatcher_type": "allgather",
+        "moe_token_dispatcher_type": "alltoall",
         "moe_layer_freq": 1,
     }
 
@@ -293,12 +300,21 @@ def build_chunks(
             real_vocab=real_vocab,
             frequencies=rope_frequencies(hf, shape.head_dim),
         )
+        _set_experts_apart(model)
         chunks.append(model.to(layout.device))
     return chunks
 
 
+def _set_experts_apart(model: PolicyModel) -> None:
+    """Have Megatron give experts gradient buffers and an optimizer of their own at any layout. It does so with expert
+    parallelism alone, and a checkpoint's form would depend on that."""
+    for name, parameter in model.named_parameters():
+        if EXPERTS in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+
+
 def parameters_of(chunks: Sequence[PolicyModel]) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters by their names in the whole model: layers are counted from its first."""
+    """This rank's parameters by their names in the whole model: layers and experts are counted from its first."""
     return {whole_name(chunk, name): parameter for chunk in chunks for name, parameter in chunk.named_parameters()}
 
 
@@ -307,5 +323,8 @@ def whole_name(chunk: PolicyModel, name: str) -> str:
     if not name.startswith("decoder.layers."):
         return name
     head, _, local, rest = name.split(".", 3)
-    number = chunk.decoder.layers[int(local)].layer_number - 1
-    return f"{head}.layers.{number}.{rest}"
+    layer = chunk.decoder.layers[int(local)]
+    if rest.startswith(EXPERTS):
+        expert, rest = rest.removeprefix(EXPERTS).split(".", 1)
+        rest = f"{EXPERTS}{layer.mlp.local_expert_indices[int(expert)]}.{rest}"
+    return f"{head}.layers.{layer.layer_number - 1}.{rest}"

@@ -24,8 +24,10 @@ class Slot:
 
     rule: Rule
     stage: int
+    owner: int | None
+    """Expert-parallel rank that has it; None where all have."""
     local: torch.nn.Parameter | None
-    """This rank's shard; None on other stages."""
+    """This rank's shard; None where others have it."""
 
 
 class WeightMap:
@@ -42,7 +44,8 @@ class WeightMap:
         for rule, layer in rules_for(family, layers, tied=self.tied, experts=self.shape.experts):
             name = local_name(rule.megatron, experts=family.experts)
             stage = stage_of[layer] if layer is not None else (0 if rule in family.first else layout.pp - 1)
-            self.slots.append(Slot(rule, stage, mine.get(name) if stage == layout.pp_rank else None))
+            owner = None if rule.expert is None else rule.expert * layout.ep // self.shape.experts
+            self.slots.append(Slot(rule, stage, owner, mine.get(name) if stage == layout.pp_rank else None))
         # With tied embeddings the last of several stages holds a copy of the input table as its output layer.
         self.tied_copy = mine.get("output_layer.weight") if self.tied else None
 
@@ -93,23 +96,24 @@ class WeightMap:
                     parts = [torch.empty_like(slot.local.data) for _ in range(layout.tp)]
                     dist.all_gather(parts, slot.local.data.contiguous(), group=layout.tensor)
                 whole = join_shards(parts, slot.rule.shard)
+            if layout.ep > 1 and slot.owner is not None and slot.stage == layout.pp_rank:
+                whole = self._handed_on(whole, slot.owner, layout.experts)
             if layout.pp > 1:
-                whole = self._from_stage(slot, whole)
+                whole = self._handed_on(whole, slot.stage, layout.pipeline)
             assert whole is not None
             yield from zip(slot.rule.hf, slot.rule.split(whole, self.shape), strict=True)
 
-    def _from_stage(self, slot: Slot, whole: torch.Tensor | None) -> torch.Tensor:
-        """Broadcast a whole tensor from its stage along the pipeline."""
+    def _handed_on(self, whole: torch.Tensor | None, source: int, group: Any) -> torch.Tensor:
+        """Broadcast a whole tensor from rank `source` of a group."""
         shape = torch.zeros(3, dtype=torch.int64, device=self.layout.device)
-        source = self.layout.pipeline_ranks[slot.stage]
         if whole is not None:
             whole = whole.contiguous()
             shape[: whole.dim()] = torch.tensor(whole.shape)
-        dist.broadcast(shape, source, group=self.layout.pipeline)
+        dist.broadcast(shape, group=group, group_src=source)
         if whole is None:
             size = [int(n) for n in shape if n]
             whole = torch.empty(size, dtype=self._dtype, device=self.layout.device)
-        dist.broadcast(whole, source, group=self.layout.pipeline)
+        dist.broadcast(whole, group=group, group_src=source)
         return whole
 
     @property

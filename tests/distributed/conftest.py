@@ -1,5 +1,6 @@
 """Launches groups of processes, as torchrun would, and hands what their ranks saw in each layout to the tests."""
 
+import functools
 import json
 import os
 import socket
@@ -12,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_cases import CHAIN, CHAIN_OF_FOUR, hand_on
+from checkpoint_cases import CHAIN, CHAIN_OF_EXPERTS, CHAIN_OF_FOUR, hand_on
 from layout_cases import Case, Observed, Seen, config_of, make_cases, observe, sampling_config, write_families
-from length_cases import SeenLengths, observe_lengths
+from length_cases import SeenLengths, model_of, observe_lengths
 
 from megatron_urlvr.train import main as train
 
@@ -39,13 +40,18 @@ OF_FOUR: dict[str, dict[str, Any]] = {
 }
 """Layouts of four."""
 LENGTHS: list[dict[str, dict[str, Any]]] = [
-    {},
+    {"dp2_ep2": {"dp": 2, "ep": 2}},
     {"pp2_vpp2": {"pp": 2, "vpp": 2}, "pp2_vpp2_unpadded": {"pp": 2, "vpp": 2}},
     {"pp2": {"pp": 2}, "pp2_unpadded": {"pp": 2}, "dp2": {"dp": 2, "overlap_grad_reduce": True}},
 ]
-"""Layouts of two that train on rows of very different lengths, for each start; and what Megatron-Core's pipelines make
-of micro-batches that are not padded to one length."""
-LENGTHS_OF_FOUR: dict[str, dict[str, Any]] = {"dp4": {}, "pp2_dp2": {"pp": 2, "overlap_grad_reduce": True}}
+"""Layouts of two that train on rows of very different lengths, for each start: a mixture where experts are spread
+("ep"), elsewhere the tied model; and what Megatron-Core's pipelines make of micro-batches that are not padded to one
+length."""
+LENGTHS_OF_FOUR: dict[str, dict[str, Any]] = {
+    "dp4": {},
+    "pp2_dp2": {"pp": 2, "overlap_grad_reduce": True},
+    "tp2_dp2_ep2": {"tp": 2, "ep": 2, "sequence_parallel": True},
+}
 """The same of four."""
 
 
@@ -90,9 +96,9 @@ def launched(
         if name not in folders:
             group = next(group for group in LAUNCHES if name in group)
             out = tmp_path_factory.mktemp("_".join(group))
-            chain = CHAIN if group is LAUNCHES[0] else {}
+            chains = {"tied": CHAIN, "qwen3_moe": CHAIN_OF_EXPERTS} if group is LAUNCHES[0] else {}
             lengths = LENGTHS[LAUNCHES.index(group)]
-            run_job(out, group, cases, chain=chain, processes=2, lengths=lengths, train=True, families=families)
+            run_job(out, group, cases, families, chains=chains, processes=2, lengths=lengths, train=True)
             folders.update({each: out / each for each in group})
         return folders[name]
 
@@ -100,23 +106,22 @@ def launched(
 
 
 @pytest.fixture(scope="session")
-def four(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def four(cases: dict[str, Case], families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what four processes saw in every layout."""
     out = tmp_path_factory.mktemp("four")
-    run_job(out, OF_FOUR, cases, chain=CHAIN_OF_FOUR, processes=4, lengths=LENGTHS_OF_FOUR)
+    chains = {"tied": CHAIN_OF_FOUR}
+    run_job(out, OF_FOUR, cases, families, chains=chains, processes=4, lengths=LENGTHS_OF_FOUR, train=False)
     return out
 
 
 def run_job(
-    out: Path, layouts: dict[str, Any], cases: dict[str, Case], *, chain: Any, processes: int, lengths: Any, **more: Any
+    out: Path, layouts: Any, cases: dict[str, Case], families: dict[str, Path], *, processes: int, **more: Any
 ) -> None:
-    """Have processes observe `cases` in `layouts`, and rows of many lengths in others; what `layout_worker.py` is told
-    besides is in `more`."""
-    model = cases["tied"].model
-    if chain:
-        hand_on(model, out / "chain", {})
-    job = {"layouts": layouts, "cases": [asdict(case) for case in cases.values()], "train": False}
-    job |= {"chain": chain, "model": model, "lengths": lengths, **more}
+    """Have processes observe `cases` in `layouts`; what `layout_worker.py` is told besides is in `more`."""
+    job = {"layouts": layouts, "cases": [asdict(case) for case in cases.values()], **more}
+    job["models"] = models = {"tied": cases["tied"].model, **families}
+    for name in more["chains"]:
+        hand_on(models[name], out / f"chain_{name}", {})
     (out / "job.json").write_text(json.dumps(job, default=str))
     launch(out, processes=processes)
 
@@ -138,19 +143,25 @@ Chain = tuple[list[Any], list[Any]]
 @pytest.fixture(scope="session")
 def chain(cases: dict[str, Case], launched: Callable[[str], Path]) -> Chain:
     """What one process, two in one layout after the other, and one again see of one training; and one alone."""
-    return ends_of_chain(cases["tied"].model, launched(next(iter(LAUNCHES[0]))).parent)
+    return ends_of_chain("tied", cases["tied"].model, launched(next(iter(LAUNCHES[0]))).parent)
+
+
+@pytest.fixture(scope="session")
+def chain_of_experts(families: dict[str, Path], launched: Callable[[str], Path]) -> Chain:
+    """The same of a mixture of experts."""
+    return ends_of_chain("qwen3_moe", families["qwen3_moe"], launched(next(iter(LAUNCHES[0]))).parent)
 
 
 @pytest.fixture(scope="session")
 def chain_of_four(cases: dict[str, Case], four: Path) -> Chain:
     """The same with four."""
-    return ends_of_chain(cases["tied"].model, four)
+    return ends_of_chain("tied", cases["tied"].model, four)
 
 
-def ends_of_chain(model: Path, out: Path) -> Chain:
-    handed: list[Any] = json.loads((out / "chain_0.json").read_text())
-    handed.append(hand_on(model, out / "chain", {}))
-    alone = [hand_on(model, out / "uninterrupted", {}) for _ in range(1 + len(handed))]
+def ends_of_chain(name: str, model: Path, out: Path) -> Chain:
+    handed: list[Any] = json.loads((out / f"chain_{name}_0.json").read_text())
+    handed.append(hand_on(model, out / f"chain_{name}", {}))
+    alone = [hand_on(model, out / f"uninterrupted_{name}", {}) for _ in range(1 + len(handed))]
     return handed, alone[1:]
 
 
@@ -170,9 +181,11 @@ def family_scores(layout_name: str, launched: Callable[[str], Path]) -> list[dic
 
 
 @pytest.fixture(scope="session")
-def lengths_alone(cases: dict[str, Case]) -> SeenLengths:
-    """What one process sees of rows of many lengths."""
-    return observe_lengths(cases["tied"].model, {})
+def lengths_alone(cases: dict[str, Case], families: dict[str, Path]) -> Callable[[str], SeenLengths]:
+    """What one process sees of rows of many lengths, with the model of a layout."""
+    models = {"tied": cases["tied"].model, **families}
+    seen = functools.cache(lambda name: observe_lengths(models[name], {}))
+    return lambda layout: seen(model_of(layout))
 
 
 @pytest.fixture(scope="session")

@@ -13,26 +13,28 @@ import torch
 import torch.distributed as dist
 from checkpoint_cases import check_checkpoint, hand_on
 from layout_cases import Case, config_of, observe, sampling_config, score_families
-from length_cases import observe_lengths
+from length_cases import model_of, observe_lengths
+from tiny_models import FAMILIES
 
 from megatron_urlvr.train import main as train
 
 
 def run(job: dict, folder: Path) -> None:
-    """`job`: the `parallel` settings of each layout, the cases' files, and the layouts of a chain of checkpoints
-    (`"chain"`) that begins with the model at `"model"`, and the layouts that train it on rows of many lengths
+    """`job`: the `parallel` settings of each layout, the cases' files, the folders of `"models"` by name, for some of
+    these the layouts of a chain of checkpoints (`"chains"`), and the layouts that train on rows of many lengths
     (`"lengths"`); with `"train"` all that a layout does is looked at, and not the one step alone."""
     torch.set_num_threads(1)
     meetings = count()
-    if job["chain"]:
+    models = {name: Path(path) for name, path in job["models"].items()}
+    for model, chain in job["chains"].items():
         found = []
-        for parallel in job["chain"].values():
+        for parallel in chain.values():
             meet(folder, next(meetings))
-            found.append(hand_on(Path(job["model"]), folder / "chain", parallel))
-        (folder / f"chain_{os.environ['RANK']}.json").write_text(json.dumps(found))
+            found.append(hand_on(models[model], folder / f"chain_{model}", parallel))
+        (folder / f"chain_{model}_{os.environ['RANK']}.json").write_text(json.dumps(found))
     for name, parallel in job["lengths"].items():
         meet(folder, next(meetings))
-        seen = observe_lengths(Path(job["model"]), parallel, padded=not name.endswith("_unpadded"))
+        seen = observe_lengths(models[model_of(name)], parallel, padded=not name.endswith("_unpadded"))
         torch.save(seen, folder / f"lengths_{name}_{os.environ['RANK']}.pt")
     cases = [Case(c["name"], Path(c["model"]), Path(c["recorded"]), c["vocab"]) for c in job["cases"]]
     for name, parallel in job["layouts"].items():
@@ -40,7 +42,7 @@ def run(job: dict, folder: Path) -> None:
         out.mkdir(exist_ok=True)
         if job["train"]:
             meet(folder, next(meetings))
-            folders = {family: Path(path) for family, path in job["families"].items()}
+            folders = {family: models[family] for family in FAMILIES}
             torch.save(score_families(folders, parallel), out / f"families_{os.environ['RANK']}.pt")
         for case in cases:
             config = config_of(case, out / f"{case.name}_run", parallel=parallel)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import CHAIN
+from checkpoint_cases import CHAIN, CHAIN_OF_EXPERTS
 from gradients import relative_differences
 from layout_cases import DIRECT, REWARDS, STEPS, Case, Observed, Seen, family_rows
 from safetensors.torch import load_file
@@ -230,6 +230,10 @@ def test_training_goes_on_at_another_layout_from_a_checkpoint(chain):
     """TP, PP, DP and interleaved stages, one after the other and back to one process: weights, both moments and the
     step count of AdamW, the moving average. A lost step count changes the first step after it by several percent."""
     assert_same_training([*CHAIN, "alone"], *chain)
+
+
+def test_a_mixtures_training_goes_on_from_a_checkpoint_however_its_experts_are_spread(chain_of_experts):
+    assert_same_training([*CHAIN_OF_EXPERTS, "alone"], *chain_of_experts)
 
 
 def assert_same_training(names: list[str], handed: list, alone: list):

@@ -90,6 +90,12 @@ CHAIN: Mapping[str, dict[str, Any]] = {
     "tp2_again": {"tp": 2, "sequence_parallel": True},
 }
 """Layouts of two processes that hand one training on to the next, each by its checkpoint."""
+CHAIN_OF_EXPERTS: Mapping[str, dict[str, Any]] = {
+    "dp2_ep2": {"dp": 2, "ep": 2},
+    "tp2": {"tp": 2, "sequence_parallel": True},
+    "dp2_ep2_again": {"dp": 2, "ep": 2},
+}
+"""The same with a mixture of experts."""
 CHAIN_OF_FOUR: Mapping[str, dict[str, Any]] = {
     "tp2_pp2": {"tp": 2, "pp": 2, "sequence_parallel": True},
     "tp2_dp2": {"tp": 2},

@@ -31,14 +31,11 @@ def policy_gradients(policy: Policy) -> dict[str, torch.Tensor]:
 
 def _gather_shards(policy: Policy) -> None:
     """The distributed optimizer reduces each rank's part of a bucket alone: fill in the others'."""
-    from megatron.core import parallel_state
-
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    for buffer in (buffer for chunk in policy.trained for buffer in chunk.buffers):
+    for buffer in (each for chunk in policy.trained for each in chunk.buffers + chunk.expert_parallel_buffers):
+        group = buffer.data_parallel_group
         for bucket in buffer.buckets:
-            own = bucket.grad_data.chunk(size)[rank].clone()
-            parts = [torch.empty_like(own) for _ in range(size)]
+            own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            parts = [torch.empty_like(own) for _ in range(group.size())]
             dist.all_gather(parts, own, group=group)
             bucket.grad_data.copy_(torch.cat(parts))
 

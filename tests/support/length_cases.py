@@ -26,6 +26,16 @@ from megatron_urlvr.policy.policy import Policy
 
 BUDGET = 110
 STEPS = 3
+CLIP = 0.5
+"""Less than the gradients' norm."""
+EPS = 1e-3
+"""So large that AdamW's steps depend on the size of gradients, clipped ones too, and not on the rounding of those near
+zero."""
+
+
+def model_of(layout: str) -> str:
+    """Name of the model that a layout trains: a mixture where experts are spread."""
+    return "qwen3_moe" if "ep2" in layout else "tied"
 
 
 def skewed_groups() -> list[list[Row]]:
@@ -54,6 +64,8 @@ class SeenLengths:
     """Of this replica's groups, by their numbers."""
     metrics: list[dict[str, float]] = field(default_factory=list)
     """Of an update that moves nothing, and of `STEPS` that do."""
+    exported: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The weights that were loaded."""
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     """Of the first, by Hugging Face name."""
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -65,10 +77,11 @@ class SeenLengths:
 def observe_lengths(model: Path, parallel: Mapping[str, Any], *, padded: bool = True) -> SeenLengths:
     """Score and train in a layout; `padded`: as the policy does in a pipeline."""
     section = ParallelSection(**parallel, max_tokens_per_microbatch=BUDGET)
-    optim = OptimSection(lr=1e-3, clip_grad=1.0)
+    optim = OptimSection(lr=1e-3, clip_grad=CLIP, eps=EPS)
     with contextlib.nullcontext() if padded else unpadded(), joined(section) as layout:
         policy = Policy(ModelSection(path=str(model)), section, layout, optim=optim)
         seen, loss = SeenLengths(layout.dp_rank), Likelihood()
+        seen.exported = {name: tensor.clone() for name, tensor in policy.export()}
         mine = my_share(list(enumerate(skewed_groups())), layout)
         rows = [row for _, group in mine for row in group]
         found = iter(policy.score(rows, frozenset({"logp"})))

@@ -47,12 +47,14 @@ class Rule:
     """HF tensors -> the whole Megatron tensor."""
     split: Callable[[torch.Tensor, Shape], list[torch.Tensor]]
     """The whole Megatron tensor -> HF tensors, in the order of `hf`."""
+    expert: int | None = None
+    """The expert that `at` chose; None for what all experts have in common."""
 
     def at(self, layer: int, expert: int = 0) -> Rule:
         """This rule for one layer (and expert)."""
         names = (self.megatron, *self.hf)
         megatron, *hf = (name.replace("{l}", str(layer)).replace("{e}", str(expert)) for name in names)
-        return replace(self, megatron=megatron, hf=tuple(hf))
+        return replace(self, megatron=megatron, hf=tuple(hf), expert=expert if self.per_expert else None)
 
     @property
     def per_expert(self) -> bool:

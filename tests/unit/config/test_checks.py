@@ -98,6 +98,25 @@ def test_each_thing_that_does_not_fit_is_named_with_what_would(found, overrides,
     assert said in sentence
 
 
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
+@pytest.mark.parametrize(
+    ("overrides", "experts", "said"),
+    [
+        (["parallel.ep=4"], 8, None),
+        (["parallel.ep=2", "parallel.tp=2", "parallel.sequence_parallel=true"], 8, None),
+        (["parallel.ep=2"], None, "parallel.ep = 2 spreads experts, but model.path = "),
+        (["parallel.ep=4"], 6, "parallel.ep = 4 does not divide the 6 experts of model.path = "),
+        (["parallel.ep=3"], 6, "parallel.ep = 3 does not divide the 4 data-parallel x 1 context-parallel ranks"),
+        (["parallel.ep=2", "parallel.tp=2"], 8, "parallel.tp = 2 shards a mixture of experts, which Megatron trains"),
+    ],
+)
+def test_experts_are_spread_evenly_over_the_ranks_of_a_mixture(found, name, overrides, experts, said):
+    hf = {} if experts is None else {name: experts, "moe_intermediate_size": 64}
+    sentences = found(*overrides, hf=hf, world=4)
+    assert len(sentences) == (said is not None)
+    assert said is None or sentences[0].startswith(said)
+
+
 def test_without_key_value_heads_in_the_model_its_attention_heads_count(write):
     config = load_config(write(), ["parallel.tp=8"])
     hf = {key: value for key, value in HF.items() if key != "num_key_value_heads"}

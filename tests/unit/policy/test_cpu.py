@@ -4,23 +4,29 @@ Where a piece can be taken away for a moment, what needs it must fail; where it 
 what the piece is there for. A test that fails here names something to remove.
 """
 
+import datetime
 import importlib
 import importlib.metadata
 import inspect
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_checkpoint import train
+from tiny_models import write_family
 
+from megatron_urlvr.config.model import ModelSection
 from megatron_urlvr.config.optim import OptimSection
 from megatron_urlvr.config.parallel import ParallelSection
 from megatron_urlvr.distributed.layout import start
 from megatron_urlvr.policy import checkpoint, cpu, optimizer_faults
 from megatron_urlvr.policy.contents import METADATA
 from megatron_urlvr.policy.optimizer_faults import patch_distributed_optimizer
+from megatron_urlvr.policy.policy import Policy
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Megatron sees the real torch where there is CUDA")
 SECTION = OptimSection(lr=1e-2)
@@ -116,6 +122,33 @@ def test_a_router_asks_for_transformer_engines_matmul_by_a_name_that_is_not_ther
     exec(compile(source, str(moe_utils.__file__), "exec"), own.__dict__)
     assert "te_general_gemm is not None" in source
     assert not hasattr(own, "te_general_gemm")
+
+
+def test_the_dispatcher_of_experts_copies_its_counts_on_a_stream_of_cuda(layout, monkeypatch, tmp_path):
+    from megatron.core.transformer.moe import token_dispatcher
+
+    assert "torch.cuda.current_stream() != self.cuda_dtoh_stream" in inspect.getsource(token_dispatcher)
+    folder = write_family(tmp_path, "qwen3_moe")
+    with monkeypatch.context() as patch:
+        patch.setattr(token_dispatcher.MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None)
+        with pytest.raises(RuntimeError, match="CUDA"):
+            Policy(ModelSection(path=str(folder)), ParallelSection(), layout)
+
+
+def test_gloo_gathers_parts_of_one_size_alone():
+    from megatron.core.tensor_parallel import mappings
+
+    original = inspect.getclosurevars(mappings._gather_along_first_dim).nonlocals["gather"]
+    assert "torch.distributed.all_gather(output_tensor_list" in inspect.getsource(original)
+    store = dist.HashStore()
+
+    def gather(rank: int) -> None:
+        group = dist.ProcessGroupGloo(store, rank, 2, datetime.timedelta(seconds=60))
+        with pytest.raises(RuntimeError, match="invalid tensor size"):
+            group.allgather([[torch.zeros(1), torch.zeros(2)]], [torch.zeros(1 + rank)]).wait()
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(gather, range(2)))
 
 
 def test_megatron_builds_its_loss_scale_on_cuda(make_policy, monkeypatch):
@@ -221,6 +254,14 @@ def test_megatrons_norm_refuses_sequence_parallelism():
 def test_megatron_starts_a_manager_process_for_the_results_of_a_save():
     writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     assert ".Manager().Queue()" in inspect.getsource(writer)
+
+
+def test_megatron_puts_a_prefix_before_the_keys_of_several_optimizers_and_gives_experts_one_of_their_own_sometimes():
+    """Without what `METADATA` and `build_chunks` say to it, a checkpoint's form would depend on the layout."""
+    optimizer = importlib.import_module("megatron.core.optimizer.optimizer")
+    assert "not metadata.get('chained_optim_avoid_prefix', False)" in inspect.getsource(optimizer.ChainedOptimizer)
+    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
+    assert '"allreduce", not (self.is_expert and self.expert_parallel)' in inspect.getsource(layers)
 
 
 def test_the_default_sharding_of_a_distributed_optimizer_cannot_be_saved(make_policy, monkeypatch, tmp_path):
