@@ -101,7 +101,7 @@ class Signals:
         with agreed(self.layout):
             if self.layout.is_leader:
                 if self.needs & SPAN_SIGNALS:
-                    self._locate(groups)
+                    locate_answers(groups, self.grader_of, self.decode)
                 asyncio.run(self._run(groups))
         self._share(groups, sorted(wanted))
 
@@ -116,16 +116,6 @@ class Signals:
 
     async def _run(self, groups: Sequence[Group]) -> None:
         await asyncio.gather(*(provider.fetch(groups) for provider in self.active.values()))
-
-    def _locate(self, groups: Sequence[Group]) -> None:
-        for group in groups:
-            grader = self.grader_of(group.prompt)
-            places = []
-            for sample in group.samples:
-                place = grader.locate(sample.text, finished=sample.finish == "stop")
-                places.append((-1, -1) if place is None else tokens_at(sample.tokens, place, self.decode))
-            fill(group, ANSWER_START, [first for first, _ in places])
-            fill(group, ANSWER_END, [last for _, last in places])
 
     def _hand_over_weights(self) -> None:
         """Collective: bring the engines that hold starting weights (once) or averaged ones (each time) up to date."""
@@ -176,6 +166,20 @@ class Signals:
         for respondent in self._made.values():
             if isinstance(respondent, ModelRespondent):
                 respondent.engine.close()
+
+
+def locate_answers(
+    groups: Sequence[Group], grader_of: Callable[[Prompt], Grader], decode: Callable[[Sequence[int]], str]
+) -> None:
+    """Fill the signals `answer_start` and `answer_end` of `groups`."""
+    for group in groups:
+        grader = grader_of(group.prompt)
+        places = []
+        for sample in group.samples:
+            place = grader.locate(sample.text, finished=sample.finish == "stop")
+            places.append((-1, -1) if place is None else tokens_at(sample.tokens, place, decode))
+        fill(group, ANSWER_START, [first for first, _ in places])
+        fill(group, ANSWER_END, [last for _, last in places])
 
 
 def permuted(ids: Sequence[str], seed: int) -> dict[str, str]:

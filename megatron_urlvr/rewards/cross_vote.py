@@ -16,7 +16,7 @@ from pydantic import Field
 from megatron_urlvr.config.base import Section, rule
 from megatron_urlvr.types import Group, Prompt, Sampling
 
-from .base import NoOptions, Reward, signal_of
+from .base import BINARY, NoOptions, Reward, signal_of
 from .providers import Provider, Weights, fill, register_provider, seed_of
 from .registry import register
 from .voting import vote
@@ -136,7 +136,7 @@ class CoRewarding(Reward[NoOptions]):
     name = "co_rewarding"
     needs = frozenset({CROSS_VOTE, NO_WINNER})
     formula = "1[answer(y) = majority of the responses to the paraphrase, or of the teacher's to the prompt]"
-    value_range = "{0, 1}"
+    value_range = BINARY
     source = "Co-rewarding I and II (arXiv 2508.00410)"
 
     def score(self, group: Group) -> torch.Tensor:

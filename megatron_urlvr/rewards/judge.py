@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 from megatron_urlvr.config.base import Section, rule
 from megatron_urlvr.types import Group, Prompt, Sample, Sampling
 
-from .base import NoOptions, Reward, classes_of, signal_of
+from .base import NoOptions, Range, Reward, classes_of, signal_of
 from .ensemble import CHECK
 from .providers import Lesson, Provider, Weights, fill, register_provider, seed_of
 from .registry import register
@@ -207,7 +207,7 @@ class SelfVerification(Reward[NoOptions]):
     name = "self_verification"
     needs = frozenset({JUDGE, UNPARSABLE})
     formula = "share of yes among the verdicts on y"
-    value_range = "[0, 1]; {0, 1} with one verdict"
+    value_range = Range(0, 1, "[0, 1]; {0, 1} with one verdict")
     source = "URLVR (arXiv 2603.08660) section 7; RLSR (arXiv 2505.08827)"
 
     def score(self, group: Group) -> torch.Tensor:
