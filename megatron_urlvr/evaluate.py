@@ -25,8 +25,8 @@ def evaluate_set(
     """Per-problem results of one set, `votes` samples each, in the set's order, on every rank.
 
     Each is `{"id", "right": [votes bools], "classes": [votes], "greedy": bool or None}`; problems without a label are
-    left out. With `score` also what it returns. The draws depend on `seed` alone: policies, or
-    two steps, meet the same ones.
+    left out. With `score` also what it returns. With the
+    embedded engine the draws depend on `seed` alone: policies, or two steps, meet the same ones.
     """
     spec = held.spec
     prompts = my_share(held.prompts.prompts, parts.layout)

@@ -95,6 +95,9 @@ class Provider(ABC, Generic[OptionsT]):
     def __init__(self, options: OptionsT | None = None, context: ProviderContext | None = None) -> None:
         self.options = options if options is not None else cast(OptionsT, type(self).Options())
         self._context = context
+        self.memory: dict[str, Any] = {}
+        """What it must not forget, JSON-able, by key. What `fetch` adds on one replica all others are told before the
+        next, the first one first; checkpoints keep it."""
 
     @property
     def context(self) -> ProviderContext:
@@ -107,6 +110,11 @@ class Provider(ABC, Generic[OptionsT]):
     def asks(self) -> Weights | None:
         """Whose responses it needs; None when it asks no model."""
         return None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether `fetch` may add to `memory`."""
+        return False
 
     @property
     def teaches(self) -> bool:
@@ -160,7 +168,7 @@ def available_providers() -> list[str]:
 
 def seed_of(seed: int, purpose: str, groups: Sequence[Group]) -> int:
     """Seed of what a provider samples for `groups`: another one for every version of the weights, the same on every
-    replica and after a resume."""
+    replica and after a resume. Servers pay it no heed."""
     version = max((sample.version for group in groups for sample in group.samples), default=0)
     digest = hashlib.blake2b(f"{seed}/{purpose}/{version}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
