@@ -14,6 +14,8 @@ import torch
 from pydantic import Field, field_validator
 
 from megatron_urlvr.config.base import Section, rule
+from megatron_urlvr.data.grading.extract import all_boxed
+from megatron_urlvr.data.grading.normalise import normalise
 from megatron_urlvr.types import Group, Prompt, Sample, Sampling
 
 from .base import NoOptions, Range, Reward, classes_of, signal_of
@@ -182,21 +184,16 @@ def judge_text(template: str, prompt: Prompt, sample: Sample) -> str:
 
 
 def read_verdict(text: str, options: JudgeOptions) -> Verdict | None:
-    """The verdict in a judge's answer; None when it says neither, or both."""
+    r"""The verdict in a judge's answer; None when it says neither, or both. What stands in a box may be written as
+    any answer may: `\boxed{\text{True}}`."""
     if options.verdict == "whole":
         said = {text.strip().casefold()}
     else:
-        said = {piece.strip().casefold() for piece in _boxes(text)}
+        said = {words.casefold() for content in all_boxed(text) for words in (content, normalise(content))}
     yes, no = options.yes.strip().casefold() in said, options.no.strip().casefold() in said
     if yes == no:
         return None
     return "yes" if yes else "no"
-
-
-def _boxes(text: str) -> list[str]:
-    r"""Contents of all `\\boxed{...}` without braces inside."""
-    pieces = text.split("\\boxed{")[1:]
-    return [piece.partition("}")[0] for piece in pieces if "}" in piece]
 
 
 @register

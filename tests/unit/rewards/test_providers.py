@@ -69,7 +69,15 @@ class TestVerdicts:
             (r"so \boxed{True}", "yes"),
             (r"so \boxed{ false }", "no"),
             (r"\boxed{False}, no wait: \boxed{True}", None),  # both
-            (r"\boxed{{True}}", None),  # braces that a formatter doubled are no verdict
+            (r"\boxed{\text{True}}", "yes"),
+            (r"so $\boxed{\mathrm{False}}$.", "no"),
+            (r"\boxed {True}", "yes"),
+            (r"\boxed{\textbf{ false }.}", "no"),
+            (r"\boxed{{True}}", "yes"),
+            (r"\boxed{\text{True}} or \boxed{\text{False}}", None),
+            (r"\boxed{\text{True or False}}", None),
+            (r"\boxed{\text{Untrue}}", None),
+            (r"\boxed{\text{True}", None),
             ("True", None),
             (r"\boxed{True", None),
             (r"\boxed{True} \boxed{True}", "yes"),
