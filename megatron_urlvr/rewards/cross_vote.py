@@ -13,11 +13,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from megatron_urlvr.config.base import Section, rule
+from megatron_urlvr.config.base import rule
 from megatron_urlvr.types import Group, Prompt, Sampling
 
 from .base import BINARY, NoOptions, Reward, signal_of
-from .providers import Provider, Weights, fill, register_provider, seed_of
+from .providers import AskedOptions, Provider, Weights, fill, register_provider, seed_of
 from .registry import register
 from .voting import vote
 
@@ -27,7 +27,7 @@ NO_WINNER = "cross_vote_none"
 """Signal: 1 where the other vote chose none, `[n]` float32."""
 
 
-class VotesOptions(Section):
+class VotesOptions(AskedOptions):
     of: Literal["prompt", "paraphrase"]
     """What is voted on: the prompt itself, or its paraphrase (`data.train.paraphrase_field`, or the task's own)."""
     weights: Weights = "policy"

@@ -13,14 +13,14 @@ from typing import Literal
 import torch
 from pydantic import Field, field_validator
 
-from megatron_urlvr.config.base import Section, rule
+from megatron_urlvr.config.base import rule
 from megatron_urlvr.data.grading.extract import all_boxed
 from megatron_urlvr.data.grading.normalise import normalise
 from megatron_urlvr.types import Group, Prompt, Sample, Sampling
 
 from .base import NoOptions, Range, Reward, classes_of, signal_of
 from .ensemble import CHECK
-from .providers import Lesson, Provider, Weights, fill, register_provider, seed_of
+from .providers import AskedOptions, Lesson, Provider, Weights, fill, register_provider, seed_of
 from .registry import register
 from .voting import vote_of
 
@@ -36,7 +36,7 @@ End with \\boxed{True} if the final answer is correct, or \\boxed{False} if it i
 Verdict = Literal["yes", "no"]
 
 
-class JudgeOptions(Section):
+class JudgeOptions(AskedOptions):
     weights: Weights = "policy"
     """Who judges: `policy`, as it is at each step; `reference`, its starting weights; `ema`, their moving average
     (`optim.ema_decay`); `servers`, the model of a pool of servers, which never changes."""

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVa
 
 import torch
 
-from megatron_urlvr.config.base import Section
+from megatron_urlvr.config.base import Section, rule, unread
 from megatron_urlvr.registry import Registry
 from megatron_urlvr.types import Group, Prompt, Sampling
 
@@ -27,6 +27,28 @@ OptionsT = TypeVar("OptionsT", bound=Section)
 Weights = Literal["policy", "reference", "ema", "servers"]
 """Who is asked: the policy as it is, its starting weights, their moving average, or servers with weights of their
 own."""
+
+
+class AskedOptions(Section):
+    """Options of a provider that asks a model."""
+
+    weights: Weights = "policy"
+    pool: str
+
+    @classmethod
+    def surviving(cls, parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
+        """A layer that asks other weights leaves the pool of the layers below."""
+        dropped = {"pool"} if child.get("weights", "servers") != "servers" else set[str]()
+        return {key: value for key, value in parent.items() if key not in dropped}
+
+    @rule("weights", "pool")
+    def _asks_the_pool(self) -> str | None:
+        if self.weights != "servers" and (given := unread(self, "pool")):
+            return (
+                f"{given[0]} with weights = {self.weights!r}, which asks no pool: "
+                "set weights=servers, or leave pool out"
+            )
+        return None
 
 
 class Respondent(Protocol):
