@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 
 from megatron_urlvr.config.base import Section
-from megatron_urlvr.rewards import Reward, register
+from megatron_urlvr.rewards import Range, Reward, register
 from megatron_urlvr.types import Group
 
 
@@ -43,7 +43,7 @@ class VoteMargin(Reward[VoteMarginOptions]):
     name = "vote_margin"
     needs = frozenset({"answer"})
     formula = "+m for the winning class, -m for the second, with m = ((c1 - c2) / n)^sharpness"
-    value_range = "[-1, 1]"
+    value_range = Range(-1, 1)
     source = "examples/custom_reward.py"
     Options = VoteMarginOptions
 

@@ -60,7 +60,9 @@ def evaluate(
     ] = None,
     rewards: Annotated[
         list[str] | None,
-        typer.Option("--reward", help="Say how this reward goes with correctness; may be repeated, or `all`."),
+        typer.Option(
+            "--reward", help="Say how this reward, or term, goes with correctness; may be repeated, or `all`."
+        ),
     ] = None,
 ) -> None:
     """Measure a policy on the config's evaluation sets."""

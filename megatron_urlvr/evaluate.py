@@ -13,8 +13,8 @@ from .loop.batching import reward_groups, score_groups
 from .run.files import RunFiles
 from .types import Group, Sampling
 
-Score = Callable[[Sequence[Group]], Sequence[dict[str, list[float]]]]
-"""Rewards of groups by label, `[n]` each. Collective within a replica."""
+Score = Callable[[Sequence[Group]], Sequence[dict[str, Any]]]
+"""What rewards say of each group, to be kept beside its results. Collective within a replica."""
 PROBE_SAMPLES = 4
 """Samples of each probe prompt that are kept for the report."""
 
@@ -25,8 +25,8 @@ def evaluate_set(
     """Per-problem results of one set, `votes` samples each, in the set's order, on every rank.
 
     Each is `{"id", "right": [votes bools], "classes": [votes], "greedy": bool or None}`; problems without a label are
-    left out. With `score` also `"rewards": {label: [votes numbers]}`. The draws depend on `seed` alone: policies, or
-    two steps, meet the same ones.
+    left out. With `score` also what it returns. With the
+    embedded engine the draws depend on `seed` alone: policies, or two steps, meet the same ones.
     """
     spec = held.spec
     prompts = my_share(held.prompts.prompts, parts.layout)
@@ -35,9 +35,9 @@ def evaluate_set(
     greedy: Sequence[Group | None] = [None] * len(prompts)
     if spec.greedy:
         greedy = parts.generate(prompts, Sampling(1, longest, 0.0))
-    rewards = [None] * len(sampled) if score is None else score(sampled)
+    scored = [None] * len(sampled) if score is None else score(sampled)
     rows: list[dict[str, Any] | None] = []
-    for group, best, scores in zip(sampled, greedy, rewards, strict=True):
+    for group, best, scores in zip(sampled, greedy, scored, strict=True):
         right = parts.correctness(group, use=f"evaluation:{name}")
         if right is None:
             rows.append(None)
@@ -49,7 +49,7 @@ def evaluate_set(
             "classes": group.classes,
             "greedy": None if best_right is None else bool(best_right[0]),
         }
-        rows.append(row if scores is None else {**row, "rewards": scores})
+        rows.append(row if scores is None else {**row, **scores})
     return [row for row in in_order(gather_from_leaders(rows, parts.layout)) if row is not None]
 
 

@@ -185,7 +185,7 @@ class Trainer:
         self.files.log(self.step, metrics)
         self.completed = {"step": self.step, "version": self.version, "tokens": self.tokens}
         self.completed |= {"stream": self.feed.state_dict(), "labels": dict(self.parts.labels.uses)}
-        self.completed |= {"watch": self.watch.state_dict()}
+        self.completed |= {"watch": self.watch.state_dict(), "providers": self.parts.signals.state_dict()}
         self.untouched = True
 
     def save(self, *, wait: bool = True) -> None:
@@ -218,6 +218,7 @@ class Trainer:
         self.parts.labels.uses.update(uses)
         if "watch" in state:  # not in checkpoints from before there was one
             self.watch.load_state_dict(state["watch"])
+        self.parts.signals.load_state_dict(state.get("providers", {}))
         self.completed = {**state, "labels": uses}
 
     def heed_signals(self) -> None:

@@ -17,9 +17,9 @@ BINS = 10
 
 
 def problem_aurocs(rows: Sequence[Mapping[str, Any]], label: str) -> list[float | None]:
-    """AUROC of the reward `label` within each problem; None where all of its samples are right, or none is. `rows`: of
-    `evaluate_set` with scores."""
-    return [auroc(row["rewards"][label], row["right"]) for row in rows]
+    """AUROC of the order by the reward `label` within each problem; None where all of its samples are right, or none
+    is. `rows`: of `evaluate_set` with a `Scorer`."""
+    return [auroc(row["order"][label], row["right"]) for row in rows]
 
 
 def alignment(rows: Sequence[Mapping[str, Any]], label: str, *, calibrated: bool, seed: int = 0) -> dict[str, float]:
@@ -29,6 +29,7 @@ def alignment(rows: Sequence[Mapping[str, Any]], label: str, *, calibrated: bool
     - `aligned`, `aligned_se`: share of those problems on which right samples rank above wrong ones (AUROC above 1/2;
       exactly 1/2 counts one half): what sharpening by this reward leaves better than it was
     - `left_out`: share of the problems without such a pair
+    - the reward's own counts, such as `underflow`: means over problems
     - `ece`, where the reward is `calibrated` (in 0..1): expected calibration error over samples
     """
     found = problem_aurocs(rows, label)
@@ -37,6 +38,8 @@ def alignment(rows: Sequence[Mapping[str, Any]], label: str, *, calibrated: bool
     if len(values):
         out["auroc"], out["auroc_se"] = mean_and_se(values, seed=seed)
         out["aligned"], out["aligned_se"] = mean_and_se((values > 0.5) + 0.5 * (values == 0.5), seed=seed)
+    for name in rows[0]["counts"][label]:
+        out[name] = float(np.mean([row["counts"][label][name] for row in rows]))
     if calibrated:
         scores = [score for row in rows for score in row["rewards"][label]]
         right = [truth for row in rows for truth in row["right"]]

@@ -31,11 +31,12 @@ Rows = Sequence[dict[str, Any]]
 
 def main(config: Config, checkpoint: str | None, sets: list[str] | None, rewards: list[str] | None = None) -> int:
     """The base of `config`, or a checkpoint of its run (a name such as `step_000050`, or a folder), on the held-out
-    sets named, or all; with `rewards` (names, or `all`) also how these go with correctness. Returns the exit code."""
+    sets named, or all; with `rewards` (names, labels of terms, or `all`) also how these go with correctness. Returns
+    the exit code."""
     torch.set_num_threads(config.run.threads)
     if not config.eval.sets:
         raise UnusableInput("eval.sets is empty: there is nothing to evaluate on; name a set, such as held_out, there.")
-    names = scorable(rewards or [])
+    chosen = scorable(rewards or [], config.reward.terms, seed=config.run.seed)
     path = None if checkpoint is None else find_checkpoint(config, checkpoint)
     if config.rollout.engine == "replay":  # which holds no responses to held-out prompts
         config.rollout = config.rollout.model_copy(update={"engine": "embedded", "replay_from": None})
@@ -49,7 +50,7 @@ def main(config: Config, checkpoint: str | None, sets: list[str] | None, rewards
         hand_over(parts.policy.export(), parts.engine, layout, version=step)
         temperature = config.reward.temperature
         at = None if temperature == "rollout" else temperature
-        score = Scorer(parts, names, seed=config.run.seed, temperature=at) if names else None
+        score = Scorer(parts, chosen, temperature=at) if chosen else None
         found: dict[str, tuple[dict[str, float], Rows]] = {}
         for name in sets or config.eval.sets:
             held, seed = parts.held_out[name], derive_seed(config.run.seed, "eval", name)
@@ -57,8 +58,8 @@ def main(config: Config, checkpoint: str | None, sets: list[str] | None, rewards
             votes = held.spec.samples
             rows = evaluate_set(parts, name, held, votes=votes, longest=longest, seed=seed, score=score)
             metrics = summarise_rows(rows, held.spec, votes)
-            for label in score.rewards if score is not None else ():
-                aligned = alignment(rows, label, calibrated=score is not None and label in score.calibrated)
+            for label, reward in chosen.items():
+                aligned = alignment(rows, label, calibrated=reward.value_range.is_unit)
                 metrics |= {f"{label}/{key}": value for key, value in aligned.items()}
             found[name] = metrics, rows
     if layout.is_main:

@@ -2,75 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_urlvr.config.errors import did_you_mean
+from megatron_urlvr.config.reward import TermSection
 from megatron_urlvr.exit_codes import UnusableInput
 from megatron_urlvr.loop.assembly import Parts
+from megatron_urlvr.loop.signals import locate_answers
 from megatron_urlvr.policy.batch import Row
 from megatron_urlvr.rewards.base import ANSWER, Reward
 from megatron_urlvr.rewards.registry import available, get_reward
+from megatron_urlvr.rewards.spans import SPAN_SIGNALS
 from megatron_urlvr.types import STATISTICS, Group
 
 AGGREGATION = "aggregation"
-UNIT_RANGES = ("[0, 1]", "{0, 1}")
-"""Value ranges of rewards that can be read as probabilities."""
+COMPUTED = STATISTICS | {ANSWER} | SPAN_SIGNALS
+"""Signals that evaluation has."""
 
 
 class Scorer:
-    """Scores groups by several rewards; `labels` names them, `calibrated` those in 0..1."""
+    """Scores groups by several rewards, which have labels."""
 
-    def __init__(self, parts: Parts, names: Sequence[str], *, seed: int, temperature: float | None) -> None:
-        self.parts, self.temperature = parts, temperature
-        self.rewards: dict[str, Reward[Any]] = {}
-        for name in names:
-            self.rewards |= _instances(name, seed)
-        self.calibrated = {label for label, reward in self.rewards.items() if reward.value_range in UNIT_RANGES}
+    def __init__(self, parts: Parts, rewards: Mapping[str, Reward[Any]], *, temperature: float | None) -> None:
+        self.parts, self.rewards, self.temperature = parts, rewards, temperature
 
-    def __call__(self, groups: Sequence[Group]) -> list[dict[str, list[float]]]:
-        """Scores of each group by label, `[n]`. One forward for all rewards. Collective within a replica."""
-        wanted = frozenset().union(*(reward.needs for reward in self.rewards.values())) & STATISTICS
-        if wanted:
+    def __call__(self, groups: Sequence[Group]) -> list[dict[str, Any]]:
+        """Of each group, by label: its `rewards` and the numbers that `order` its samples, `[n]` each, and the shares
+        that each reward `counts`. One forward for all rewards. Collective within a replica."""
+        needs = frozenset[str]().union(*(reward.needs for reward in self.rewards.values()))
+        if wanted := needs & STATISTICS:
             samples = [(group, sample) for group in groups for sample in group.samples]
             rows = [Row(group.prompt.tokens, sample.tokens) for group, sample in samples]
             for (_, sample), stats in zip(
                 samples, self.parts.policy.score(rows, wanted, temperature=self.temperature), strict=True
             ):
                 sample.stats = stats
-        by_label = {label: reward.score_groups(groups) for label, reward in self.rewards.items()}
-        return [{label: scores[i].tolist() for label, scores in by_label.items()} for i in range(len(groups))]
+        if needs & SPAN_SIGNALS:
+            locate_answers(groups, self.parts.grader_of, self.parts.signals.decode)
+        found: list[dict[str, Any]] = [{"rewards": {}, "order": {}, "counts": {}} for _ in groups]
+        for label, reward in self.rewards.items():
+            scores = reward.score_groups(groups)
+            order, counts = reward.order_groups(groups), reward.counts(groups, scores)
+            for own, score, place, count in zip(found, scores, order, counts, strict=True):
+                own["rewards"][label], own["order"][label] = score.tolist(), place.tolist()
+                own["counts"][label] = dict(count)
+        return found
 
 
-def scorable(names: Sequence[str]) -> list[str]:
-    """`names`, or for `all` every label-free reward that needs nothing but samples and their statistics. UnusableInput
+def scorable(names: Sequence[str], terms: Mapping[str, TermSection], *, seed: int) -> dict[str, Reward[Any]]:
+    """The rewards of `names`, by label: a term of the config, with its options, or a registered reward with its
+    defaults; for `all` every label-free one that needs nothing but samples and what evaluation computes. UnusableInput
     for one that does not exist, reads labels or needs another signal."""
     if list(names) == ["all"]:
-        return [name for name in available() if not _obstacle(name)]
+        names = [name for name in available() if not _obstacle(name)]
+    found: dict[str, Reward[Any]] = {}
     for name in names:
-        if name not in available():
-            raise UnusableInput(f"--reward {name}: there is no such reward.{did_you_mean(name, available())}")
-        if problem := _obstacle(name):
+        if name not in terms and name not in available():
+            known = [*terms, *available()]
+            raise UnusableInput(f"--reward {name}: there is no such reward.{did_you_mean(name, known)}")
+        if problem := _obstacle(name) if name not in terms else _unscorable(_of_term(terms[name], seed)):
             raise UnusableInput(f"--reward {name}: {problem}.")
-    return list(dict.fromkeys(names))
+        found |= {name: _of_term(terms[name], seed)} if name in terms else dict(_with_defaults(name, seed))
+    return found
+
+
+def _of_term(term: TermSection, seed: int) -> Reward[Any]:
+    cls = get_reward(term.name)
+    return cls(cls.Options(**term.options), seed=seed)
 
 
 def _obstacle(name: str) -> str:
-    """Why a reward cannot be computed here; empty when it can."""
+    """Why a registered reward cannot be computed here; empty when it can."""
     cls = get_reward(name)
-    if cls.supervised:
-        return "it reads labels, so that its agreement with them says nothing"
-    if others := cls.needs - STATISTICS - {ANSWER}:
-        return f"it needs the signal {sorted(others)[0]!r}, which evaluation does not compute"
     if must := [k for k, field in cls.Options.model_fields.items() if field.is_required() and k != AGGREGATION]:
-        return f"its option {must[0]!r} must be given, and evaluation takes defaults"
+        return f"its option {must[0]!r} must be given: make it a term, reward.terms.LABEL, and name the label"
+    return _unscorable(cls)
+
+
+def _unscorable(reward: Reward[Any] | type[Reward[Any]]) -> str:
+    """Why a reward cannot be computed here; empty when it can."""
+    if reward.supervised:
+        return "it reads labels, so that its agreement with them says nothing"
+    if others := reward.needs - COMPUTED:
+        return f"it needs the signal {sorted(others)[0]!r}, which evaluation does not compute"
     return ""
 
 
-def _instances(name: str, seed: int) -> dict[str, Reward[Any]]:
-    """The reward with its defaults; with both ways to aggregate where one must be chosen."""
+def _with_defaults(name: str, seed: int) -> Iterator[tuple[str, Reward[Any]]]:
+    """The reward with its defaults, by label; with both ways to aggregate where one must be chosen."""
     cls = get_reward(name)
     field = cls.Options.model_fields.get(AGGREGATION)
     if field is None or not field.is_required():
-        return {name: cls(cls.Options(), seed=seed)}
-    return {f"{name}_{way}": cls(cls.Options(**{AGGREGATION: way}), seed=seed) for way in ("mean", "sum")}
+        yield name, cls(cls.Options(), seed=seed)
+        return
+    for way in ("mean", "sum"):
+        yield f"{name}_{way}", cls(cls.Options(**{AGGREGATION: way}), seed=seed)

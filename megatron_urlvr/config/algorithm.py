@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
-from .base import Section, rule
+from .base import Section, rule, unread
 
 LossName = Literal["ppo_clip", "gspo", "cispo", "kl_cov", "em_ft", "self_certainty", "rlsc"]
 
@@ -127,6 +127,27 @@ class KLSection(Section):
     reference: Literal["start", "ema"] = "start"
     """The starting weights, or their exponential moving average (`optim.ema_decay`)."""
 
+    @classmethod
+    def surviving(cls, parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
+        """A layer that turns the penalty off turns off what the layers below said of it."""
+        return {} if child.get("coef") == 0 else dict(parent)
+
+    @rule("coef", "estimator", "place", "reference")
+    def _is_on(self) -> str | None:
+        if self.coef == 0 and (given := unread(self, "estimator", "place", "reference")):
+            return f"{', '.join(given)} with coef = 0, which turns the penalty off: set coef, or leave the others out"
+        return None
+
+
+BOUNDS: dict[str, frozenset[str]] = {
+    "none": frozenset(),
+    "truncate": frozenset({"high"}),
+    "mask": frozenset({"low", "high"}),
+    "sequence": frozenset({"high"}),
+    "reject": frozenset({"low", "high"}),
+}
+"""Bounds that each method of correction reads."""
+
 
 class CorrectionSection(Section):
     """What is done about tokens that other weights, or another engine, sampled."""
@@ -144,6 +165,22 @@ class CorrectionSection(Section):
     alarm: float | None = Field(default=0.1, gt=0)
     """Mean |log p - log mu| of trainer and engine, in nats, above which a line is printed and `mismatch/alarm` is 1.
     None: no alarm."""
+
+    @classmethod
+    def surviving(cls, parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
+        """Another method keeps the bounds that it reads."""
+        dropped = {"low", "high"} - BOUNDS.get(str(child.get("method")), frozenset({"low", "high"}))
+        return {key: value for key, value in parent.items() if key not in dropped}
+
+    @rule("method", "low", "high")
+    def _reads_its_bounds(self) -> str | None:
+        read = BOUNDS[self.method]
+        if given := unread(self, *sorted({"low", "high"} - read)):
+            return (
+                f"{', '.join(given)} with method = {self.method!r}, which reads {', '.join(read) or 'no bound'}: "
+                "leave it out, or set a method that reads it"
+            )
+        return None
 
     @rule("old_logp", "method")
     def _once(self) -> str | None:

@@ -95,6 +95,16 @@ class Section(BaseModel):
         return None
 
 
+def unread(section: Section, *settings: str) -> list[str]:
+    """`name = value` of each of `settings` that is not what it is by default: somebody gave it, though nothing reads
+    it. A default that was written out is nobody's wish, and every resolved config holds them all."""
+    return [
+        f"{name} = {getattr(section, name)!r}"
+        for name in settings
+        if getattr(section, name) != type(section).model_fields[name].default
+    ]
+
+
 def rules_of(section: type[Section]) -> Iterator[Any]:
     """The methods of `section` that are marked as rules, in order of definition, the base class' first."""
     seen: dict[str, Any] = {}

@@ -44,9 +44,10 @@ class NamedSection(Section):
 
     @classmethod
     def surviving(cls, parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
-        """See `keeps`."""
+        """See `keeps`; of the same thing's options, what its own model lets survive."""
         if child.get("name", parent.get("name")) == parent.get("name"):
-            return dict(parent)
+            options = cls.open_model(None, parent)
+            return options.surviving(parent, child) if options and issubclass(options, Section) else dict(parent)
         return {key: value for key, value in parent.items() if key in cls.keeps}
 
     @classmethod

@@ -66,7 +66,8 @@ class Config(Section):
 
     @rule("algorithm.kl.coef", "algorithm.kl.reference", "optim.ema_decay")
     def _ema_reference(self) -> str | None:
-        if self.algorithm.kl.reference == "ema" and self.optim.ema_decay is None:
+        kl = self.algorithm.kl
+        if kl.coef > 0 and kl.reference == "ema" and self.optim.ema_decay is None:
             return (
                 "algorithm.kl.reference = 'ema' needs optim.ema_decay, which is null: "
                 "set a decay such as 0.99, or algorithm.kl.reference=start"

@@ -18,6 +18,9 @@ from .tasks.countdown import CountdownChecks, CountdownGrader, solves
 
 SIGNS = {"\\times": "*", "\\cdot": "*", "×": "*", "·": "*", "\\div": "/", "÷": "/", "−": "-", "–": "-"}
 """How models write what Python writes otherwise."""
+LONGEST = 1000
+"""Characters of an answer that is looked at; what is read in the end is at most `arithmetic.MAX_LENGTH`."""
+_FRACTION = re.compile(r"\\[dtc]?frac(?![a-zA-Z])\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 _DECORATION = re.compile(r"\\left|\\right|\\[,;!]|\$")
 
 
@@ -48,10 +51,20 @@ class CountdownFileGrader(CountdownGrader):
 
 
 def plain(answer: str) -> str:
-    r"""`answer` with the operations of Python: `3 \times 7` is `3 * 7`."""
+    r"""`answer` with the operations of Python: `3 \times 7` is `3 * 7`, `\frac{6}{2}` is `((6)/(2))`."""
+    if len(answer) > LONGEST:
+        return answer
     for written, sign in SIGNS.items():
         answer = answer.replace(written, sign)
+    before = None
+    while answer != before:  # fractions within fractions, the inner ones first
+        before, answer = answer, _FRACTION.sub(_divided, answer)
     return _DECORATION.sub("", answer)
+
+
+def _divided(fraction: re.Match[str]) -> str:
+    over, digit_over, under, digit_under = fraction.groups()
+    return f"(({over or digit_over})/({under or digit_under}))"
 
 
 def read_problem(record: Mapping[str, object], columns: CountdownColumns) -> tuple[tuple[int, ...], int]:

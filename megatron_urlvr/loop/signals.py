@@ -20,7 +20,7 @@ from ..data.grading.grader import Grader
 from ..data.grading.locate import tokens_at
 from ..data.tokenizer import bare_tokens, chat_text
 from ..distributed.agreement import agreed
-from ..distributed.exchange import hand_over
+from ..distributed.exchange import gather_from_leaders, hand_over
 from ..distributed.layout import Layout, broadcast_json
 from ..policy.policy import Policy
 from ..rewards.providers import Checker, Lesson, Provider, ProviderContext, Respondent, Weights, fill
@@ -67,11 +67,14 @@ class Signals:
     decode: Callable[[Sequence[int]], str]
     _made: dict[tuple[Weights, str], Respondent] = field(default_factory=dict)
     _pushed: dict[str, int] = field(default_factory=dict)
+    _shared: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The memory of each provider that remembers, as all replicas know it."""
 
     def __post_init__(self) -> None:
         context = ProviderContext(self.seed, self.respondent, self.grader_of, self.checkers_of)
         self.active = {label: cls(options, context) for label, (cls, options) in self.providers.items()}
         """Providers by label, on every rank; leaders alone run them."""
+        self._shared = {label: {} for label, provider in self.active.items() if provider.remembers}
 
     def problems(self, prompts: Sequence[Prompt]) -> list[str]:
         """What keeps the providers from working on these prompts, a sentence each."""
@@ -101,9 +104,42 @@ class Signals:
         with agreed(self.layout):
             if self.layout.is_leader:
                 if self.needs & SPAN_SIGNALS:
-                    self._locate(groups)
+                    locate_answers(groups, self.grader_of, self.decode)
                 asyncio.run(self._run(groups))
         self._share(groups, sorted(wanted))
+        self._remember()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What providers remember, for checkpoints, by label: the same on every rank."""
+        return {
+            label: {"provider": self._identity(label), "memory": dict(memory)} for label, memory in self._shared.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`. What another provider remembered, or the same one with other options, is left;
+        what has been remembered since stays, since a memory is never taken back."""
+        for label, memory in self._shared.items():
+            if label in state and state[label]["provider"] == self._identity(label):
+                self._shared[label] = {**state[label]["memory"], **memory}
+                self.active[label].memory = dict(self._shared[label])
+
+    def _identity(self, label: str) -> dict[str, Any]:
+        cls, options = self.providers[label]
+        return {"name": cls.name, **options.model_dump(mode="json")}
+
+    def _remember(self) -> None:
+        """Collective: what providers have come to remember on any replica, all of them know from now on."""
+        if not self._shared:
+            return
+        new = {
+            label: {key: value for key, value in self.active[label].memory.items() if key not in memory}
+            for label, memory in self._shared.items()
+        }
+        told = gather_from_leaders(new, self.layout)
+        for label, memory in self._shared.items():
+            for each in told:
+                memory.update({key: value for key, value in each[label].items() if key not in memory})
+            self.active[label].memory = dict(memory)
 
     def lessons(self, groups: Sequence[Group]) -> dict[str, list[list[Lesson]]]:
         """What the policy is trained on beside each of `groups`, whose signals are there, by the label of the provider
@@ -116,16 +152,6 @@ class Signals:
 
     async def _run(self, groups: Sequence[Group]) -> None:
         await asyncio.gather(*(provider.fetch(groups) for provider in self.active.values()))
-
-    def _locate(self, groups: Sequence[Group]) -> None:
-        for group in groups:
-            grader = self.grader_of(group.prompt)
-            places = []
-            for sample in group.samples:
-                place = grader.locate(sample.text, finished=sample.finish == "stop")
-                places.append((-1, -1) if place is None else tokens_at(sample.tokens, place, self.decode))
-            fill(group, ANSWER_START, [first for first, _ in places])
-            fill(group, ANSWER_END, [last for _, last in places])
 
     def _hand_over_weights(self) -> None:
         """Collective: bring the engines that hold starting weights (once) or averaged ones (each time) up to date."""
@@ -176,6 +202,20 @@ class Signals:
         for respondent in self._made.values():
             if isinstance(respondent, ModelRespondent):
                 respondent.engine.close()
+
+
+def locate_answers(
+    groups: Sequence[Group], grader_of: Callable[[Prompt], Grader], decode: Callable[[Sequence[int]], str]
+) -> None:
+    """Fill the signals `answer_start` and `answer_end` of `groups`."""
+    for group in groups:
+        grader = grader_of(group.prompt)
+        places = []
+        for sample in group.samples:
+            place = grader.locate(sample.text, finished=sample.finish == "stop")
+            places.append((-1, -1) if place is None else tokens_at(sample.tokens, place, decode))
+        fill(group, ANSWER_START, [first for first, _ in places])
+        fill(group, ANSWER_END, [last for _, last in places])
 
 
 def permuted(ids: Sequence[str], seed: int) -> dict[str, str]:

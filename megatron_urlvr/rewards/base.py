@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -39,6 +41,34 @@ class NoOptions(Section):
 OptionsT = TypeVar("OptionsT", bound=Section)
 
 
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a reward may be: all of them lie in `low`..`high`."""
+
+    low: float
+    high: float
+    text: str = ""
+    """How it is written, where the interval says too little."""
+
+    def including(self, value: float) -> Range:
+        """The range of a reward that may be `value` too."""
+        return self if self.low <= value <= self.high else Range(min(self.low, value), max(self.high, value))
+
+    @property
+    def is_unit(self) -> bool:
+        """Whether the reward can be read as a probability."""
+        return self.low >= 0 and self.high <= 1
+
+    def __str__(self) -> str:
+        left = "(" if self.low == -inf else "["
+        right = ")" if self.high == inf else "]"
+        return self.text or f"{left}{self.low:g}, {self.high:g}{right}"
+
+
+UNIT = Range(0, 1)
+BINARY = Range(0, 1, "{0, 1}")
+
+
 class Reward(ABC, Generic[OptionsT]):
     """One scalar for each sample of a group. Subclass it, set the class attributes, implement `score`, and register
     the class (`rewards.registry.register`, or the entry point group `megatron_urlvr.reward`).
@@ -53,7 +83,8 @@ class Reward(ABC, Generic[OptionsT]):
     supervised: ClassVar[bool] = False
     """True when it reads labels; the whole run is then marked supervised."""
     formula: ClassVar[str]
-    value_range: ClassVar[str]
+    value_range: Range
+    """A class attribute; an instance may have another, by its options."""
     source: ClassVar[str]
     """Where the formula is from."""
     Options: ClassVar[type[Section]] = NoOptions
@@ -75,6 +106,11 @@ class Reward(ABC, Generic[OptionsT]):
     def score_groups(self, groups: Sequence[Group]) -> list[torch.Tensor]:
         """`score` of each group; for rewards that are faster on many at once."""
         return [self.score(group) for group in groups]
+
+    def order_groups(self, groups: Sequence[Group]) -> list[torch.Tensor]:
+        """Numbers that order the samples of each group as their scores do, `[n]` each, and that stay apart where
+        scores round to the same: for ranking alone."""
+        return self.score_groups(groups)
 
     def counts(self, groups: Sequence[Group], scores: Sequence[torch.Tensor]) -> Sequence[Mapping[str, float]]:
         """What is worth a metric in the scoring of each group, by name: shares of the group, in 0..1. `scores` are what

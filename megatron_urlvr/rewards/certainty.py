@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,7 +12,7 @@ from pydantic import Field
 from megatron_urlvr.config.base import Section, rule
 from megatron_urlvr.types import Group
 
-from .base import ANSWER, NoOptions, Reward, classes_of, statistics
+from .base import ANSWER, UNIT, NoOptions, Range, Reward, classes_of, statistics
 from .registry import register
 from .spans import SPAN_SIGNALS, Span, token_mask
 
@@ -52,6 +53,8 @@ class TokenReduction(Reward[Aggregated]):
         super().__init__(options, seed=seed, scale_free=scale_free)
         if self.options.span != "all":
             self.needs = type(self).needs | SPAN_SIGNALS
+        if self.options.empty is not None:
+            self.value_range = type(self).value_range.including(self.options.empty)
 
     def score(self, group: Group) -> torch.Tensor:
         return self.score_groups([group])[0]
@@ -83,7 +86,7 @@ class SelfCertainty(TokenReduction):
     needs = frozenset({"self_certainty"})
     statistic = "self_certainty"
     formula = "mean|sum_t KL(U || p_t) = mean|sum_t (lse(z_t) - mean_v z_tv - log V)"
-    value_range = "[0, inf)"
+    value_range = Range(0, inf)
     source = "Intuitor / RLIF (arXiv 2505.19590); URLVR (arXiv 2603.08660) Table 1, with the mean"
 
 
@@ -96,7 +99,7 @@ class TokenEntropy(TokenReduction):
     statistic = "entropy"
     sign = -1.0
     formula = "-mean|sum_t H(p_t)"
-    value_range = "mean: [-log V, 0]; sum: [-T log V, 0]"
+    value_range = Range(-inf, 0, "mean: [-log V, 0]; sum: [-T log V, 0]")
     source = "EM-RL-token (arXiv 2505.15134, eq. 4: sum); RENT and URLVR (arXiv 2603.08660) Table 1: mean"
 
 
@@ -108,7 +111,7 @@ class TrajectoryEntropy(TokenReduction):
     needs = frozenset({"logp"})
     statistic = "logp"
     formula = "mean|sum_t log p(y_t)"
-    value_range = "(-inf, 0]"
+    value_range = Range(-inf, 0)
     source = "EM-RL-sequence (arXiv 2505.15134, eq. 3: sum); URLVR (arXiv 2603.08660) Table 1: mean"
 
 
@@ -126,7 +129,7 @@ class Probability(Reward[NoOptions]):
     name = "probability"
     needs = frozenset({"logp"})
     formula = "prod_t p(y_t) = exp(sum_t log p(y_t)); over the group's largest where its scale does not matter"
-    value_range = "[0, 1]"
+    value_range = UNIT
     source = "RLSC (arXiv 2506.06395); URLVR (arXiv 2603.08660) Table 1"
 
     def score(self, group: Group) -> torch.Tensor:
@@ -136,6 +139,11 @@ class Probability(Reward[NoOptions]):
         totals, _ = _sums(self, groups, "logp")
         pieces = torch.split(totals, [len(group) for group in groups])
         return [torch.exp(piece - piece.max() if self.scale_free and len(piece) else piece) for piece in pieces]
+
+    def order_groups(self, groups: Sequence[Group]) -> list[torch.Tensor]:
+        """Log-probabilities: over a thousand tokens apart, probabilities of both are zero."""
+        totals, _ = _sums(self, groups, "logp")
+        return list(torch.split(totals, [len(group) for group in groups]))
 
     def counts(self, groups: Sequence[Group], scores: Sequence[torch.Tensor]) -> Sequence[Mapping[str, float]]:
         totals, _ = _sums(self, groups, "logp")
@@ -160,7 +168,7 @@ class Rent(Reward[RentOptions]):
     needs = frozenset({"entropy", ANSWER})
     Options = RentOptions
     formula = "-mean_t H(p_t); malformed without a parsable answer"
-    value_range = "[-log V, 0] and malformed"
+    value_range = Range(-inf, inf, "[-log V, 0] and malformed")
     source = "RENT (arXiv 2505.22660) and its code, github.com/satrams/rent-rl"
 
     def score(self, group: Group) -> torch.Tensor:
@@ -185,7 +193,7 @@ class ProbabilityDisparity(Reward[DisparityOptions]):
     needs = frozenset({"top2_gap"}) | SPAN_SIGNALS
     Options = DisparityOptions
     formula = "mean over the answer's tokens of p_(1) - p_(2)"
-    value_range = "[0, 1]"
+    value_range = UNIT
     source = "RLSF (arXiv 2507.21931); URLVR (arXiv 2603.08660) Table 1; CoT-decoding's gap (arXiv 2402.10200)"
 
     def score(self, group: Group) -> torch.Tensor:

@@ -15,7 +15,7 @@ from pydantic import Field
 from megatron_urlvr.config.base import Section
 from megatron_urlvr.types import Group, Prompt
 
-from .base import NoOptions, Reward, signal_of
+from .base import BINARY, NoOptions, Reward, signal_of
 from .ensemble import CHECK
 from .providers import Provider, fill, register_provider
 from .registry import register
@@ -153,7 +153,7 @@ class Program(Reward[NoOptions]):
     name = "program"
     needs = frozenset({CHECK, STOPPED})
     formula = "1[the check of y passes]"
-    value_range = "{0, 1}"
+    value_range = BINARY
     source = "generation-verification asymmetry, URLVR (arXiv 2603.08660) section 7; TinyZero's Countdown scorer"
 
     def score(self, group: Group) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from math import inf
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from pydantic import Field
 from megatron_urlvr.config.base import Section, rule
 from megatron_urlvr.types import Group, Sample
 
-from .base import ANSWER, LABEL, PERMUTED_LABEL, NoOptions, Reward, classes_of, signal_of
+from .base import ANSWER, BINARY, LABEL, PERMUTED_LABEL, NoOptions, Range, Reward, classes_of, signal_of
 from .registry import register
 from .voting import vote, vote_of
 
@@ -27,7 +28,7 @@ class GroundTruth(Reward[NoOptions]):
     needs = frozenset({LABEL})
     supervised = True
     formula = "1[answer(y) is right]"
-    value_range = "{0, 1}"
+    value_range = BINARY
     source = "RLVR with labels"
 
     def score(self, group: Group) -> torch.Tensor:
@@ -48,7 +49,7 @@ class Random(Reward[RandomOptions]):
     needs = frozenset[str]()
     Options = RandomOptions
     formula = "Bernoulli(p)"
-    value_range = "{0, 1}"
+    value_range = BINARY
     source = SPURIOUS
 
     def score(self, group: Group) -> torch.Tensor:
@@ -62,7 +63,7 @@ class Format(Reward[NoOptions]):
     name = "format"
     needs = frozenset({ANSWER})
     formula = "1[y has a parsable answer]"
-    value_range = "{0, 1}"
+    value_range = BINARY
     source = SPURIOUS
 
     def score(self, group: Group) -> torch.Tensor:
@@ -86,7 +87,7 @@ class Length(Reward[LengthOptions]):
     needs = frozenset[str]()
     Options = LengthOptions
     formula = "sign * |T - target| / scale"
-    value_range = "sign +1: [0, inf); sign -1: (-inf, 0]"
+    value_range = Range(-inf, inf, "sign +1: [0, inf); sign -1: (-inf, 0]")
     source = "control; a length penalty alone in arXiv 2603.16578"
 
     def score(self, group: Group) -> torch.Tensor:
@@ -112,7 +113,7 @@ class Incorrect(Reward[IncorrectOptions]):
     supervised = True
     Options = IncorrectOptions
     formula = "1[class(y) = most frequent wrong class] | 1[y has a wrong answer]"
-    value_range = "{0, 1}"
+    value_range = BINARY
     source = SPURIOUS
 
     def score(self, group: Group) -> torch.Tensor:
@@ -153,7 +154,7 @@ class FlippedTruth(Reward[FlippedOptions]):
     supervised = True
     Options = FlippedOptions
     formula = "1[y is among TP right and FP wrong responses drawn at random], TP and FP those of the group's vote"
-    value_range = "{0, 1}"
+    value_range = BINARY
     source = "control: label noise of a vote's precision and recall"
 
     def score(self, group: Group) -> torch.Tensor:
@@ -181,7 +182,7 @@ class PermutedTruth(Reward[NoOptions]):
     needs = frozenset({PERMUTED_LABEL})
     supervised = True
     formula = "1[answer(y) is right for the prompt whose label this prompt was given]"
-    value_range = "{0, 1}"
+    value_range = BINARY
     source = "control"
 
     def score(self, group: Group) -> torch.Tensor:

@@ -13,11 +13,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from megatron_urlvr.config.base import Section, rule
+from megatron_urlvr.config.base import rule
 from megatron_urlvr.types import Group, Prompt, Sampling
 
-from .base import NoOptions, Reward, signal_of
-from .providers import Provider, Request, Weights, fill, register_provider, seed_of
+from .base import BINARY, NoOptions, Reward, signal_of
+from .providers import AskedOptions, Provider, Request, Weights, fill, register_provider, seed_of
 from .registry import register
 from .voting import vote
 
@@ -27,7 +27,7 @@ NO_WINNER = "cross_vote_none"
 """Signal: 1 where the other vote chose none, `[n]` float32."""
 
 
-class VotesOptions(Section):
+class VotesOptions(AskedOptions):
     of: Literal["prompt", "paraphrase"]
     """What is voted on: the prompt itself, or its paraphrase (`data.train.paraphrase_field`, or the task's own)."""
     weights: Weights = "policy"
@@ -67,16 +67,17 @@ class Votes(Provider[VotesOptions]):
     provides = frozenset({CROSS_VOTE, NO_WINNER})
     Options = VotesOptions
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self._kept: dict[str, str | None] = {}
-
     @property
     def asks(self) -> Weights:
         return self.options.weights
 
     def request(self, n: int, prompt: float, response: float) -> Request:
         return Request(1, prompt, "", self.options.samples, self.options.max_new_tokens, once=self.options.offline)
+
+    @property
+    def remembers(self) -> bool:
+        """Offline, the winner on each prompt: servers would draw another one each time they are asked."""
+        return self.options.offline
 
     def problems(self, prompts: Sequence[Prompt]) -> Iterator[str]:
         if self.options.of == "prompt":
@@ -90,26 +91,29 @@ class Votes(Provider[VotesOptions]):
 
     async def fetch(self, groups: Sequence[Group]) -> None:
         """RolloutFailed when the voters do not answer in time."""
-        self._vote_on([group for group in groups if group.prompt.id not in self._kept], groups)
+        winners = self._winners([group for group in groups if group.prompt.id not in self.memory], groups)
+        if self.remembers:
+            self.memory |= winners
+        winners |= self.memory
         for group in groups:
-            winner = self._kept[group.prompt.id]
+            winner = winners[group.prompt.id]
             fill(group, CROSS_VOTE, self._agree(group, winner))
             fill(group, NO_WINNER, [float(winner is None)] * len(group))
-        if not self.options.offline:
-            self._kept.clear()
 
-    def _vote_on(self, asked: Sequence[Group], batch: Sequence[Group]) -> None:
-        """Keep the winner of the other vote for each of `asked`."""
+    def _winners(self, asked: Sequence[Group], batch: Sequence[Group]) -> dict[str, str | None]:
+        """The winner of the other vote for each of `asked`, by the prompt's id."""
         options, context = self.options, self.context
         voters = context.respondent(options.weights, options.pool)
         seed = seed_of(context.seed, "votes", () if options.offline else batch)
         sampling = Sampling(options.samples, options.max_new_tokens, options.temperature, seed=seed)
         found = voters.generate([self._question(group.prompt) for group in asked], sampling) if asked else []
+        winners: dict[str, str | None] = {}
         for group, other in zip(asked, found, strict=True):
             reader = context.answers_of(group.prompt)
             answers = [reader.extract(sample.text, finished=sample.finish == "stop") for sample in other.samples]
             winner = vote(reader.classes(answers)).winner
-            self._kept[group.prompt.id] = None if winner is None else answers[winner]
+            winners[group.prompt.id] = None if winner is None else answers[winner]
+        return winners
 
     def _question(self, prompt: Prompt) -> Prompt:
         tokens = prompt.tokens
@@ -139,7 +143,7 @@ class CoRewarding(Reward[NoOptions]):
     name = "co_rewarding"
     needs = frozenset({CROSS_VOTE, NO_WINNER})
     formula = "1[answer(y) = majority of the responses to the paraphrase, or of the teacher's to the prompt]"
-    value_range = "{0, 1}"
+    value_range = BINARY
     source = "Co-rewarding I and II (arXiv 2508.00410)"
 
     def score(self, group: Group) -> torch.Tensor:

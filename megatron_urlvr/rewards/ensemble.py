@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 
 import torch
 from pydantic import Field
@@ -10,7 +11,7 @@ from pydantic import Field
 from megatron_urlvr.config.base import Section
 from megatron_urlvr.types import Group
 
-from .base import ANSWER, NoOptions, Reward, classes_of, signal_of, statistics
+from .base import ANSWER, BINARY, UNIT, NoOptions, Range, Reward, classes_of, signal_of, statistics
 from .registry import register
 from .voting import shares_of, vote_of
 
@@ -23,7 +24,7 @@ class MajorityVote(Reward[NoOptions]):
     name = "majority_vote"
     needs = frozenset({ANSWER})
     formula = "1[class(y) = most frequent class of the group]"
-    value_range = "{0, 1}"
+    value_range = BINARY
     source = "TTRL (arXiv 2504.16084); URLVR (arXiv 2603.08660) Table 2"
 
     def score(self, group: Group) -> torch.Tensor:
@@ -51,7 +52,7 @@ class SRTVote(Reward[SRTOptions]):
     needs = frozenset({ANSWER})
     Options = SRTOptions
     formula = "share of class(y), or 1[class(y) wins]; 0 where the winner's share < threshold"
-    value_range = "[0, 1]"
+    value_range = UNIT
     source = "SRT (arXiv 2505.21444) and its code, github.com/tajwarfahim/srt"
 
     def score(self, group: Group) -> torch.Tensor:
@@ -90,7 +91,7 @@ class SCRLVote(Reward[SCRLOptions]):
         "+1 if share >= tau_pos and lead > tau_marg; -1 if share < tau_low and mean entropy of the class >= the "
         "group's; 0 else"
     )
-    value_range = "{-1, 0, 1} and no_answer"
+    value_range = Range(-inf, inf, "{-1, 0, 1} and no_answer")
     source = "SCRL (arXiv 2603.19880), binary mode of its code, github.com/Jasper-Yan/SCRL"
 
     def score(self, group: Group) -> torch.Tensor:
@@ -149,7 +150,7 @@ class GatedVote(Reward[GatedOptions]):
     needs = frozenset({ANSWER, CHECK})
     Options = GatedOptions
     formula = "confirmed: 1[class(y) wins]; else: -c a 1[class(y) wins] + a (u_y - mean u) 1[it does not] + c a^2"
-    value_range = "confirmed: {0, 1}; else: [-(1 + c), 1 + c], mean 0"
+    value_range = Range(-inf, inf, "confirmed: {0, 1}; else: [-(1 + c), 1 + c], mean 0")
     source = "JURY-RL (arXiv 2604.25419), whose ResZero is written here from its description"
 
     def score(self, group: Group) -> torch.Tensor:
@@ -189,7 +190,7 @@ class AntiMajority(Reward[NoOptions]):
     name = "anti_majority"
     needs = frozenset({ANSWER})
     formula = "1[y has an answer, and class(y) is not the most frequent class]"
-    value_range = "{0, 1}"
+    value_range = BINARY
     source = "control"
 
     def score(self, group: Group) -> torch.Tensor:

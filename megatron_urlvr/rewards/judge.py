@@ -13,12 +13,14 @@ from typing import Literal
 import torch
 from pydantic import Field, field_validator
 
-from megatron_urlvr.config.base import Section, rule
+from megatron_urlvr.config.base import rule
+from megatron_urlvr.data.grading.extract import all_boxed
+from megatron_urlvr.data.grading.normalise import normalise
 from megatron_urlvr.types import Group, Prompt, Sample, Sampling
 
-from .base import NoOptions, Reward, classes_of, signal_of
+from .base import NoOptions, Range, Reward, classes_of, signal_of
 from .ensemble import CHECK
-from .providers import Lesson, Provider, Request, Weights, fill, register_provider, seed_of
+from .providers import AskedOptions, Lesson, Provider, Request, Weights, fill, register_provider, seed_of
 from .registry import register
 from .voting import vote_of
 
@@ -34,7 +36,7 @@ End with \\boxed{True} if the final answer is correct, or \\boxed{False} if it i
 Verdict = Literal["yes", "no"]
 
 
-class JudgeOptions(Section):
+class JudgeOptions(AskedOptions):
     weights: Weights = "policy"
     """Who judges: `policy`, as it is at each step; `reference`, its starting weights; `ema`, their moving average
     (`optim.ema_decay`); `servers`, the model of a pool of servers, which never changes."""
@@ -186,21 +188,16 @@ def judge_text(template: str, prompt: Prompt, sample: Sample) -> str:
 
 
 def read_verdict(text: str, options: JudgeOptions) -> Verdict | None:
-    """The verdict in a judge's answer; None when it says neither, or both."""
+    r"""The verdict in a judge's answer; None when it says neither, or both. What stands in a box may be written as
+    any answer may: `\boxed{\text{True}}`."""
     if options.verdict == "whole":
         said = {text.strip().casefold()}
     else:
-        said = {piece.strip().casefold() for piece in _boxes(text)}
+        said = {words.casefold() for content in all_boxed(text) for words in (content, normalise(content))}
     yes, no = options.yes.strip().casefold() in said, options.no.strip().casefold() in said
     if yes == no:
         return None
     return "yes" if yes else "no"
-
-
-def _boxes(text: str) -> list[str]:
-    r"""Contents of all `\\boxed{...}` without braces inside."""
-    pieces = text.split("\\boxed{")[1:]
-    return [piece.partition("}")[0] for piece in pieces if "}" in piece]
 
 
 @register
@@ -211,7 +208,7 @@ class SelfVerification(Reward[NoOptions]):
     name = "self_verification"
     needs = frozenset({JUDGE, UNPARSABLE})
     formula = "share of yes among the verdicts on y"
-    value_range = "[0, 1]; {0, 1} with one verdict"
+    value_range = Range(0, 1, "[0, 1]; {0, 1} with one verdict")
     source = "URLVR (arXiv 2603.08660) section 7; RLSR (arXiv 2505.08827)"
 
     def score(self, group: Group) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVa
 
 import torch
 
-from megatron_urlvr.config.base import Section
+from megatron_urlvr.config.base import Section, rule, unread
 from megatron_urlvr.registry import Registry
 from megatron_urlvr.types import Group, Prompt, Sampling
 
@@ -27,6 +27,28 @@ OptionsT = TypeVar("OptionsT", bound=Section)
 Weights = Literal["policy", "reference", "ema", "servers"]
 """Who is asked: the policy as it is, its starting weights, their moving average, or servers with weights of their
 own."""
+
+
+class AskedOptions(Section):
+    """Options of a provider that asks a model."""
+
+    weights: Weights = "policy"
+    pool: str
+
+    @classmethod
+    def surviving(cls, parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
+        """A layer that asks other weights leaves the pool of the layers below."""
+        dropped = {"pool"} if child.get("weights", "servers") != "servers" else set[str]()
+        return {key: value for key, value in parent.items() if key not in dropped}
+
+    @rule("weights", "pool")
+    def _asks_the_pool(self) -> str | None:
+        if self.weights != "servers" and (given := unread(self, "pool")):
+            return (
+                f"{given[0]} with weights = {self.weights!r}, which asks no pool: "
+                "set weights=servers, or leave pool out"
+            )
+        return None
 
 
 class Respondent(Protocol):
@@ -110,6 +132,9 @@ class Provider(ABC, Generic[OptionsT]):
     def __init__(self, options: OptionsT | None = None, context: ProviderContext | None = None) -> None:
         self.options = options if options is not None else cast(OptionsT, type(self).Options())
         self._context = context
+        self.memory: dict[str, Any] = {}
+        """What it must not forget, JSON-able, by key. What `fetch` adds on one replica all others are told before the
+        next, the first one first; checkpoints keep it."""
 
     @property
     def context(self) -> ProviderContext:
@@ -127,6 +152,11 @@ class Provider(ABC, Generic[OptionsT]):
         """What it asks for about a group of `n` responses of `response` tokens to a prompt of `prompt` tokens, for
         `urlvr plan`; None where it asks no model, or where nobody can say."""
         return None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether `fetch` may add to `memory`."""
+        return False
 
     @property
     def teaches(self) -> bool:
@@ -180,7 +210,7 @@ def available_providers() -> list[str]:
 
 def seed_of(seed: int, purpose: str, groups: Sequence[Group]) -> int:
     """Seed of what a provider samples for `groups`: another one for every version of the weights, the same on every
-    replica and after a resume."""
+    replica and after a resume. Servers pay it no heed."""
     version = max((sample.version for group in groups for sample in group.samples), default=0)
     digest = hashlib.blake2b(f"{seed}/{purpose}/{version}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

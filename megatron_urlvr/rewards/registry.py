@@ -9,7 +9,7 @@ from pydantic_core import PydanticUndefined
 
 from megatron_urlvr.registry import Registry
 
-from .base import Reward
+from .base import Range, Reward
 
 RewardClass = TypeVar("RewardClass", bound=type[Reward[Any]])
 
@@ -43,6 +43,11 @@ def _check(cls: Any, name: str) -> None:
         raise TypeError(f"reward {name!r} is {cls!r}, which is no subclass of megatron_urlvr.rewards.Reward")
     if absent := [a for a in ("name", "needs", "formula", "value_range", "source") if not hasattr(cls, a)]:
         raise TypeError(f"reward {name!r} ({cls.__qualname__}) lacks the class attributes {', '.join(absent)}")
+    if not isinstance(cls.value_range, Range):
+        raise TypeError(
+            f"reward {name!r} has value_range = {cls.value_range!r}, which must be a megatron_urlvr.rewards.Range: "
+            "write Range(low, high)"
+        )
     if {"label", "permuted_label"} & cls.needs and not cls.supervised:
         raise TypeError(f"reward {name!r} needs labels and must say so with supervised = True")
     if taken := RESERVED & set(cls.Options.model_fields):
@@ -94,7 +99,7 @@ def _info(cls: type[Reward[Any]]) -> RewardInfo:
         name=cls.name,
         formula=cls.formula,
         needs=tuple(sorted(cls.needs)),
-        value_range=cls.value_range,
+        value_range=str(cls.value_range),
         supervised=cls.supervised,
         source=cls.source,
         options=options,

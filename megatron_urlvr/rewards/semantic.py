@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 
 import torch
 from pydantic import Field, field_validator
@@ -12,7 +13,7 @@ from megatron_urlvr.config.base import Section
 from megatron_urlvr.registry import Registry
 from megatron_urlvr.types import Group
 
-from .base import ANSWER, MissingSignalError, Reward, signal_of
+from .base import ANSWER, UNIT, MissingSignalError, Range, Reward, signal_of
 from .registry import register
 from .voting import shares_of
 
@@ -75,13 +76,14 @@ class SemanticEntropy(Reward[SemanticOptions]):
     needs = frozenset({ANSWER})
     Options = SemanticOptions
     formula = "|C(y)| / n if H(C) < max_entropy log n else 0, with H(C) = -sum_C share log share"
-    value_range = "[0, 1] and no_meaning"
+    value_range = Range(-inf, inf, "[0, 1] and no_meaning")
     source = "EMPO (arXiv 2504.05812); URLVR (arXiv 2603.08660) Table 2"
 
     def __init__(self, options: SemanticOptions | None = None, *, seed: int = 0, scale_free: bool = False) -> None:
         super().__init__(options, seed=seed, scale_free=scale_free)
         if self.options.equivalence != "answer":
             self.needs = frozenset({CLUSTER} if self.options.equivalence == "signal" else set())
+        self.value_range = UNIT.including(self.options.no_meaning)
 
     def score(self, group: Group) -> torch.Tensor:
         clusters = self._clusters(group)

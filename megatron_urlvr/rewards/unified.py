@@ -12,6 +12,11 @@ tests/unit/rewards/test_unified.py:
 | probability                   | delta(y_t)   | policy               | -1    | tokens    | sum   | exp |
 | majority_vote                 | delta(winner)| delta(answer of y)   | -1    | {answer}  | --    | exp |
 | srt_vote, soft                | delta(answer of y) | shares of the group | -1 | {answer} | --    | exp |
+| semantic_entropy, ungated (1) | delta(answer of y) | shares of the group | -1 | {answer} | --    | exp |
+| co_rewarding (2)              | delta(winner')| delta(answer of y)  | -1    | {answer}  | --    | exp |
+
+(1) on responses with an answer; a group that the gate closes, and a response without one, are given numbers apart.
+(2) winner': that of the other vote, on the paraphrase or by the teacher.
 
 With the policy's own distribution over answers as the second argument, as a reader may take the study's table, the
 "vote" is the winner's probability and the same for every response. Rewards of the top two probabilities, of checks, of

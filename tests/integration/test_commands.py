@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from small_runs import Command, rows
 
+TABLE_1 = ["self_certainty", "token_entropy", "trajectory_entropy", "probability", "probability_disparity"]
+"""The certainty rewards of the URLVR study."""
+
 
 def measured(run: Path, name: str) -> dict[str, float]:
     return json.loads((run / "evals" / f"eval_{name}.json").read_text())["sets"]["held_out"]
@@ -42,15 +45,23 @@ def test_eval_takes_other_sets_and_other_samples(urlvr, config, tmp_path):
 
 def test_eval_says_how_rewards_go_with_correctness_and_keeps_every_problem(urlvr, config, tmp_path):
     sampled = ("eval.sets.held_out.samples=6", "eval.sets.held_out.maj_k=[3]")
-    outcome = urlvr("eval", config, *sampled, "--reward", "probability", "--reward", "token_entropy")
+    before = [
+        f"reward.terms.before.{key}" for key in ("name=token_entropy", "aggregation=mean", "span=reasoning", "empty=0")
+    ]
+    names = [*TABLE_1, "semantic_entropy", "before"]
+    outcome = urlvr("eval", config, *sampled, *before, *(word for name in names for word in ("--reward", name)))
     assert outcome.code == 0
     found = measured(tmp_path / "run", "base")
     assert "maj@3" in found
-    for label in ("probability", "token_entropy_mean", "token_entropy_sum"):
+    both = [f"{name}_{way}" for name in TABLE_1[:3] for way in ("mean", "sum")]
+    for label in [*both, *TABLE_1[3:], "semantic_entropy", "before"]:
         assert 0 <= found[f"{label}/auroc"] <= 1
         assert 0 <= found[f"{label}/aligned"] <= 1
-    assert 0 <= found["probability/ece"] <= 1
-    assert "token_entropy_mean/ece" not in found
+    calibrated = {key.removesuffix("/ece") for key in found if key.endswith("/ece")}
+    assert calibrated == {"probability", "probability_disparity", "semantic_entropy"}
+    assert all(0 <= found[f"{label}/ece"] <= 1 for label in calibrated)
+    assert found["probability/underflow"] == 0
+    assert 0 <= found["probability_disparity/no_answer"] <= 1
     table = tmp_path / "run/evals/eval_base.held_out.problems.jsonl"
     problems = [json.loads(line) for line in table.read_text().splitlines()]
     assert len(problems) == 8
@@ -61,7 +72,13 @@ def test_eval_says_how_rewards_go_with_correctness_and_keeps_every_problem(urlvr
 
 
 def test_eval_refuses_rewards_that_it_cannot_compute(urlvr, config):
-    for name, words in {"ground_truth": "it reads labels", "majority": "Did you mean majority_vote?"}.items():
+    refused = {
+        "ground_truth": "it reads labels",
+        "majority": "Did you mean majority_vote?",
+        "program": "it needs the signal 'check', which evaluation does not compute",
+        "length": "its option 'target' must be given: make it a term, reward.terms.LABEL",
+    }
+    for name, words in refused.items():
         outcome = urlvr("eval", config, "--reward", name)
         assert outcome.code == 2
         assert words in outcome.err

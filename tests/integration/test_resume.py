@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from small_runs import Command, assert_same_run, at_step, checkpoints, rows, send, status
+
+from megatron_urlvr.rewards.cross_vote import Votes
 
 IN_THE_MIDDLE = """
 import os, signal, sys
@@ -42,6 +45,26 @@ def test_a_run_in_two_parts_is_the_run_in_one(urlvr: Command, config: Path, whol
     assert f"resumed after step 3 from {tmp_path}/run/checkpoints/step_000003 (0 later rows" in outcome.out
     assert_same_run(tmp_path / "run", whole, step=6)
     assert checkpoints(tmp_path / "run") == ["step_000004", "step_000006"]
+
+
+def test_offline_votes_are_not_taken_again_by_the_second_part(urlvr, config, monkeypatch):
+    asked = []
+    original = Votes._winners
+    monkeypatch.setattr(Votes, "_winners", lambda self, new, batch: asked.extend(new) or original(self, new, batch))
+    votes = {
+        "name": "votes",
+        "of": "prompt",
+        "weights": "reference",
+        "samples": 2,
+        "max_new_tokens": 12,
+        "offline": True,
+    }
+    few = ["data.train.size=4", "eval.every=0", 'reward.terms.main={"name": "co_rewarding"}']
+    few.append(f"reward.providers.votes={json.dumps(votes)}")
+    assert urlvr("train", config, "run.steps=1", *few).code == 0
+    assert len(asked) == 4
+    assert urlvr("train", config, "run.steps=2", *few).code == 0
+    assert len(asked) == 4
 
 
 @pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 4), (signal.SIGINT, 6)])

@@ -1,10 +1,13 @@
 """Finding the answer in a response: the last box, the last `#`, the last match of a pattern."""
 
 import re
+from collections.abc import Mapping
 
 Place = tuple[int, int]
 """Where an answer begins and ends in a text, in characters."""
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+"""A brace, or what a backslash escapes."""
 
 
 def last_boxed(text: str) -> str | None:
@@ -22,21 +25,33 @@ def boxed_place(text: str) -> Place | None:
     if not starts:
         return None
     begin = starts[-1].end()
+    return _content_place(text, begin, _closings(text, begin))
+
+
+def all_boxed(text: str) -> list[str]:
+    """The contents of all boxes that are closed, in order; see `last_boxed`."""
+    closings = _closings(text, 0)
+    places = [_content_place(text, start.end(), closings) for start in _BOX.finditer(text)]
+    return [text[place[0] : place[1]] for place in places if place is not None]
+
+
+def _content_place(text: str, begin: int, closings: Mapping[int, int]) -> Place | None:
+    """Where the content of the box stands whose brace is expected at `begin`."""
     if not text.startswith("{", begin):
         return _trimmed(text, begin, begin + len(re.split(r"[\s$]", text[begin:], maxsplit=1)[0]))
-    depth = 0
-    escaped = False
-    for index in range(begin, len(text)):
-        character = text[index]
-        if escaped or character == "\\":
-            escaped = not escaped
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return _trimmed(text, begin + 1, index)
-    return None
+    return _trimmed(text, begin + 1, closings[begin]) if begin in closings else None
+
+
+def _closings(text: str, begin: int) -> dict[int, int]:
+    """Where each brace that opens from `begin` on is closed, if it is: in one pass, however deep they nest."""
+    found: dict[int, int] = {}
+    opened: list[int] = []
+    for brace in _BRACE.finditer(text, begin):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif brace[0] == "}" and opened:
+            found[opened.pop()] = brace.start()
+    return found
 
 
 def last_hash(text: str, *, finished: bool) -> str | None:

@@ -1,7 +1,7 @@
 """Arithmetic expressions: parsed through `ast`, evaluated exactly, brought into one form. Nothing is ever executed.
 
-Only non-negative integers, `+ - * /` between two operands and parentheses are read. Length bounds depth and work, so a
-hostile text costs no more than a harmless one.
+Only non-negative integers, `+ - * /` between two operands, signs before one, and parentheses are read. Length bounds
+depth and work, so a hostile text costs no more than a harmless one.
 """
 
 import ast
@@ -23,7 +23,7 @@ class Expression:
     """A parsed expression."""
 
     numbers: tuple[int, ...]
-    """Its literals, sorted, each as often as it is used."""
+    """Its literals, without signs, sorted, each as often as it is used."""
     value: Fraction | None
     """None where it divides by zero."""
     canonical: str
@@ -39,11 +39,21 @@ def parse(text: str) -> Expression | None:
         body = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return None
-    form = _form(body)
-    if form is None:
+    canonical = _canonical(body)
+    if canonical is None:
         return None
     numbers = tuple(sorted(_literal(node) for node in ast.walk(body) if isinstance(node, ast.Constant)))
-    return Expression(numbers=numbers, value=_value(body), canonical=form.text)
+    return Expression(numbers=numbers, value=_value(body), canonical=canonical)
+
+
+def _canonical(body: ast.expr) -> str | None:
+    """The text of a tree's form; None where it has none. A sign before a product is read as one of its first factor,
+    which may be a sum: written again, each step moves it further in, until it stands before a number."""
+    form, before = _form(body), None
+    while form is not None and form.text != before:
+        before = form.text
+        form = _form(ast.parse(before, mode="eval").body)
+    return before
 
 
 def _literal(node: ast.Constant) -> int:
@@ -55,6 +65,9 @@ def _value(node: ast.expr) -> Fraction | None:
     """Exact value of a tree that `_form` has accepted; None where it divides by zero."""
     if isinstance(node, ast.Constant):
         return Fraction(_literal(node))
+    if isinstance(node, ast.UnaryOp):
+        value = _value(node.operand)
+        return -value if value is not None and isinstance(node.op, ast.USub) else value
     assert isinstance(node, ast.BinOp)
     left, right = _value(node.left), _value(node.right)
     if left is None or right is None:
@@ -76,35 +89,59 @@ class _Form:
     """`+`, `*`, or empty for a number."""
     plus: tuple[str, ...]
     minus: tuple[str, ...]
+    negative: bool = False
+    """The sign of a product or number; a sum has its own in its operands."""
+
+    @property
+    def unsigned(self) -> str:
+        inverse = {"+": "-", "*": "/", "": ""}[self.operator]
+        return self.operator.join(sorted(self.plus)) + "".join(inverse + part for part in sorted(self.minus))
 
     @property
     def text(self) -> str:
-        inverse = {"+": "-", "*": "/", "": ""}[self.operator]
-        return self.operator.join(sorted(self.plus)) + "".join(inverse + part for part in sorted(self.minus))
+        return f"-{self.unsigned}" if self.negative else self.unsigned
+
+    def negated(self) -> "_Form":
+        if self.operator == "+":
+            return _Form("+", self.minus, self.plus)
+        return _Form(self.operator, self.plus, self.minus, not self.negative)
 
 
 def _form(node: ast.expr) -> _Form | None:
     """The flat form of a tree; None if it holds anything but integers and the four operations."""
     if isinstance(node, ast.Constant):
         return _Form("", (str(node.value),), ()) if type(node.value) is int else None
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
+        operand = _form(node.operand)
+        return operand.negated() if operand is not None and isinstance(node.op, ast.USub) else operand
     if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Add | ast.Sub | ast.Mult | ast.Div):
         return None
     left, right = _form(node.left), _form(node.right)
     if left is None or right is None:
         return None
-    operator = "+" if isinstance(node.op, ast.Add | ast.Sub) else "*"
-    plus, minus = _operands(left, operator)
-    added, removed = _operands(right, operator)
-    if isinstance(node.op, ast.Sub | ast.Div):
+    if isinstance(node.op, ast.Add | ast.Sub):
+        plus, minus = _terms(left)
+        added, removed = _terms(right.negated() if isinstance(node.op, ast.Sub) else right)
+        return _Form("+", plus + added, minus + removed)
+    plus, minus = _factors(left)
+    added, removed = _factors(right)
+    if isinstance(node.op, ast.Div):
         added, removed = removed, added
-    return _Form(operator, plus + added, minus + removed)
+    return _Form("*", plus + added, minus + removed, left.negative != right.negative)
 
 
-def _operands(form: _Form, operator: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What `form` contributes to a flat sum or product: its own operands if it is one of the same kind."""
-    if form.operator == operator:
+def _terms(form: _Form) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What `form` contributes to a flat sum: its own terms if it is one, else itself on the side of its sign."""
+    if form.operator == "+":
         return form.plus, form.minus
-    return ((f"({form.text})" if form.operator == "+" else form.text),), ()
+    return ((), (form.unsigned,)) if form.negative else ((form.unsigned,), ())
+
+
+def _factors(form: _Form) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What `form` contributes to a flat product, but for its sign: its own factors if it is one, else itself."""
+    if form.operator == "*":
+        return form.plus, form.minus
+    return ((f"({form.text})" if form.operator == "+" else form.unsigned),), ()
 
 
 def random_expression(

@@ -15,7 +15,10 @@ from megatron_urlvr.exit_codes import UnusableInput
 
 
 def rows_of(scores: list[list[float]], right: list[list[bool]]) -> list[dict]:
-    return [{"rewards": {"sure": s}, "right": r} for s, r in zip(scores, right, strict=True)]
+    return [
+        {"rewards": {"sure": s}, "order": {"sure": s}, "counts": {"sure": {}}, "right": r}
+        for s, r in zip(scores, right, strict=True)
+    ]
 
 
 def test_alignment_is_within_problems_and_leaves_out_those_without_a_pair():

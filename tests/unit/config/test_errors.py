@@ -121,11 +121,24 @@ ROUTER = "servers.pools.policy.router='http://127.0.0.1:1'"
 OLD = "algorithm.correction.old_logp=rollout"
 
 
+JUDGED = ["reward.terms.main={name: self_verification}", "reward.providers.j={name: judge, max_new_tokens: 4}"]
+VOTED = [
+    "reward.terms.main={name: co_rewarding}",
+    "reward.providers.v={name: votes, of: prompt, weights: reference, samples: 2, max_new_tokens: 4}",
+]
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
         (["algorithm.mini_batch=3"], "these sizes fit: 1, 2, 4, 8"),
-        (["algorithm.kl.reference=ema"], "needs optim.ema_decay, which is null"),
+        (["algorithm.kl={coef: 0.1, reference: ema}"], "needs optim.ema_decay, which is null"),
+        (["algorithm.kl.reference=ema"], "reference = 'ema' with coef = 0, which turns the penalty off"),
+        (["algorithm.kl={estimator: k1, place: reward}"], "estimator = 'k1', place = 'reward' with coef = 0"),
+        (["algorithm.correction={method: truncate, low: 0.9}"], "low = 0.9 with method = 'truncate', which reads high"),
+        (["algorithm.correction={high: 3}"], "high = 3.0 with method = 'none', which reads no bound: leave it out"),
+        ([*JUDGED, "reward.providers.j.pool=other"], "pool = 'other' with weights = 'policy', which asks no pool"),
+        ([*VOTED, "reward.providers.v.pool=other"], "pool = 'other' with weights = 'reference', which asks no pool"),
         (["parallel.sequence_parallel=true"], "needs tp above 1"),
         (["rollout.n_train=5"], "n_train = 5 is more than n_votes = 4"),
         (["rollout.n_votes=1"], "rollout.n_votes = 1: grpo compares"),

@@ -227,3 +227,23 @@ def test_an_override_goes_through_no_scalar(write, violations):
 )
 def test_the_kind_of_a_config_shows_in_its_sections(write, text, model):
     assert model_of(write(text, "any.yaml")) is model
+
+
+def test_a_layer_that_turns_something_off_turns_off_what_was_said_of_it(write):
+    judge = "{name: judge, weights: servers, pool: large, max_new_tokens: 4}"
+    lower = [
+        "algorithm: {kl: {coef: 0.1, estimator: k2, place: reward}, correction: {method: mask, low: 0.8, high: 1.5}}",
+        f"reward: {{terms: {{main: {{name: self_verification}}}}, providers: {{j: {judge}}}}}",
+        "servers: {pools: {policy: {}, large: {model: bases/large}}}",
+    ]
+    write("extends: run.yaml\n" + "\n".join(lower), "strict.yaml")
+    write()
+    given = load_config(write("extends: strict.yaml", "same.yaml"))
+    assert (given.algorithm.kl.estimator, given.algorithm.correction.low) == ("k2", 0.8)
+    assert given.reward.providers["j"].options["pool"] == "large"
+    off = ["algorithm.kl.coef=0", "algorithm.correction.method=truncate", "reward.providers.j.weights=policy"]
+    loose = load_config(write("extends: strict.yaml", "loose.yaml"), off)
+    assert loose.algorithm.kl == type(loose.algorithm.kl)()
+    assert (loose.algorithm.correction.low, loose.algorithm.correction.high) == (0.5, 1.5)
+    assert loose.reward.providers["j"].options["pool"] == "judge"
+    assert load_config(write(to_yaml(loose), "resolved.yaml")) == loose

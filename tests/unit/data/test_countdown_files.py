@@ -1,6 +1,8 @@
 """Files of Countdown problems, with the columns that the public data sets have."""
 
 import json
+import random
+import re
 
 import pytest
 
@@ -57,11 +59,71 @@ def test_a_row_becomes_a_question_in_words_that_checkers_can_read(file):
 
 def test_answers_are_one_when_their_expressions_are(file):
     grader = load(file).grader
-    texts = ("25+7*3", "$7 \\cdot 3+25$", "25+7+3", "46 = 25+7*3", "nothing")
+    texts = ("25+7*3", "$7 \\cdot 3+25$", "25+7+3", "46 = 25+7*3", "nothing", "25-(-7)*3")
     answers = [grader.extract(f"\\boxed{{{text}}}") for text in texts]
-    assert grader.classes(answers) == [0, 0, 2, None, None]
+    assert grader.classes(answers) == [0, 0, 2, None, None, 0]
     assert grader.locate("so \\boxed{25+7*3}.") == (10, 16)
     assert grader.locate("so \\boxed{25+}.") is None
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (r"\frac{6}{2}+1", "6/2+1"),
+        (r"\dfrac{6}{2} + 1", "6/2+1"),
+        (r"1+\frac62", "6/2+1"),
+        (r"\frac{\frac{12}{2}}{1+2} \times 5", "12/2/(1+2)*5"),
+        (r"\left(\tfrac{6 - 4}{2}\right) \div -3", "(6-4)/2/-3"),
+        (r"2\frac{1}{2}", None),  # a mixed number is none of the operations
+        (r"\frac{6}", None),
+        (r"\fraction{6}{2}", None),
+        (r"\frac{" * 20_000, None),
+    ],
+)
+def test_fractions_are_divisions(file, written, meant):
+    grader = load(file).grader
+    assert grader.extract(f"\\boxed{{{written}}}") == (None if meant is None else grader.extract(f"\\boxed{{{meant}}}"))
+    assert (grader.extract(f"\\boxed{{{written}}}") is None) is (meant is None)
+
+
+def tinyzero(answer, numbers, target):
+    """Whether TinyZero's scorer gives its full point, written from its rule: its digits are the numbers, its value, by
+    Python and within 1e-5, the target."""
+    if sorted(map(int, re.findall(r"\d+", answer))) != sorted(numbers) or not re.match(r"^[\d+\-*/().\s]+$", answer):
+        return False
+    try:
+        value = eval(answer, {"__builtins__": None}, {})
+        return abs(value - target) < 1e-5
+    except (SyntaxError, TypeError, ZeroDivisionError):
+        return False
+
+
+def answers_with_signs(rng, count):
+    """Random expressions of three numbers with signs and parentheses everywhere, some of them broken: the numbers, the
+    text, its value, or 1 where it has none."""
+    for _ in range(count):
+        numbers = [rng.randint(1, 9) for _ in range(3)]
+        text = ""
+        for k, number in enumerate(numbers):
+            sign, bracket, inner = rng.choice(["", "", "-", "+", "--"]), rng.choice(["", "", "("]), rng.choice("- ")
+            text += f"{rng.choice('+-*/') if k else ''}{sign}{bracket}{inner}{number}" + (
+                ")" if rng.random() < 0.3 else ""
+            )
+        text += ")" * (text.count("(") - text.count(")"))
+        try:
+            yield numbers, text, round(eval(text.strip()))
+        except (SyntaxError, ZeroDivisionError, TypeError):
+            yield numbers, text, 1
+
+
+def test_right_and_wrong_are_those_of_tinyzeros_scorer(file):
+    grader, agreed = load(file).grader, {True: 0, False: 0}
+    for numbers, answer, target in answers_with_signs(random.Random(0), 2000):
+        right = grader.correct(grader.extract(f"\\boxed{{{answer}}}"), f"{','.join(map(str, numbers))}={target}")
+        assert right is tinyzero(answer.strip(), numbers, target), answer
+        agreed[right] += 1
+    assert min(agreed.values()) > 300
+    assert grader.correct(grader.extract(r"\boxed{-3+10}"), "3,10=7")
 
 
 def test_the_answer_is_where_grading_says(file):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replicas import Replicas
+from replicas import Replicas, Wire
 
 from megatron_urlvr.distributed.layout import Layout
 from megatron_urlvr.policy import spread as module
@@ -18,22 +18,6 @@ from megatron_urlvr.policy.spread import COLUMNS, Spread
 
 COST = RowCost(token=100, head=10, pair=1)
 STEADY = settings(deadline=None, derandomize=True, database=None)
-
-
-class Wire:
-    """`torch.distributed`'s exchange among threads, and how much went over it."""
-
-    def __init__(self) -> None:
-        self.sent: list[int] = []
-
-    def all_to_all_single(
-        self, received: torch.Tensor, own: torch.Tensor, coming: list[int], going: list[int], *, group: Any
-    ) -> None:
-        everyone = group((own.split(going), coming))
-        me = next(k for k, (_, expected) in enumerate(everyone) if expected is coming)
-        assert going[me] == 0
-        self.sent.append(len(own))
-        received.copy_(torch.cat([pieces[me] for pieces, _ in everyone]))
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def per_token_oracle(name, z, y):
 def test_scores_are_those_of_the_distributions(name, aggregation, random_group):
     group, logits, tokens = random_group
     expected = [getattr(per_token_oracle(name, z, y), aggregation)() for z, y in zip(logits, tokens, strict=True)]
-    torch.testing.assert_close(reward(name, aggregation).score(group), torch.stack(expected), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(reward(name, aggregation).score(group), torch.stack(expected), rtol=1e-6, atol=1e-6)
 
 
 def test_the_other_self_certainty_in_circulation_differs_by_log_v_and_trains_alike(random_group):

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from megatron_urlvr.config.reward import RewardSection
-from megatron_urlvr.rewards import Combined, MissingSignalError, Provider, Reward, Term, build_terms, missing_signals
+from megatron_urlvr.rewards import (
+    UNIT,
+    Combined,
+    MissingSignalError,
+    Provider,
+    Reward,
+    Term,
+    build_terms,
+    missing_signals,
+)
 
 
 def combined(terms, advantage="grpo", **kwargs):
@@ -87,7 +96,7 @@ class Judged(Reward):
     name = "judged"
     needs = frozenset({"judge"})
     formula = "judge"
-    value_range = "[0, 1]"
+    value_range = UNIT
     source = "a test"
 
     def score(self, group):

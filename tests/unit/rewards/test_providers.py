@@ -1,61 +1,19 @@
 """Providers against models that answer as they are told: verdicts, other votes, checkers."""
 
-import asyncio
+import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from replicas import Replicas
+from scripted import Scripted, fetch, provider, responses
 
 from megatron_urlvr.data.tasks import get_task
 from megatron_urlvr.data.tasks.countdown import CountdownGrader
-from megatron_urlvr.rewards import MissingSignalError, ProviderContext, get_provider, get_reward
+from megatron_urlvr.loop.signals import Signals
+from megatron_urlvr.rewards import MissingSignalError, get_provider, get_reward
 from megatron_urlvr.rewards.judge import TEMPLATE, JudgeOptions, judge_text, read_verdict
-from megatron_urlvr.types import Group, Prompt, Sample
-
-
-class Scripted:
-    """Answers every prompt with what `say` makes of its text; remembers what it was asked."""
-
-    def __init__(self, say, context=10_000):
-        self.say, self.context, self.asked = say, context, []
-
-    def encode(self, text, *, chat):
-        return tuple(map(ord, f"<user>{text}" if chat else text))
-
-    def generate(self, prompts, sampling):
-        self.asked.append((list(prompts), sampling))
-        groups = []
-        for prompt in prompts:
-            text = "".join(map(chr, prompt.tokens))
-            said = [self.say(text, k) for k in range(sampling.n)]
-            groups.append(Group(prompt, [Sample(prompt.id, k, [1], s, "stop") for k, s in enumerate(said)]))
-        return groups
-
-
-def provider(name, respondent=None, task=None, **options):
-    cls = get_provider(name)
-    context = ProviderContext(
-        seed=3,
-        respondent=lambda weights, pool: respondent,
-        answers_of=lambda prompt: CountdownGrader(),
-        checkers_of=lambda prompt: {} if task is None else task.checkers(),
-    )
-    return cls(cls.Options(**options), context)
-
-
-def fetch(provider, *groups):
-    asyncio.run(provider.fetch(groups))
-    return groups[0]
-
-
-def responses(texts, prompt="9,2=7:", version=0, **fields):
-    fields = {"numbers": (9, 2), "target": 7, **fields}
-    samples = [Sample("train/1", i, [1], text, "stop", version=version) for i, text in enumerate(texts)]
-    grader = CountdownGrader()
-    for sample in samples:
-        sample.answer = grader.extract(sample.text)
-    group = Group(Prompt("train/1", prompt, tuple(map(ord, prompt)), fields), samples)
-    group.classes = grader.classes(group.answers)
-    return group
+from megatron_urlvr.types import Prompt, Sample
 
 
 class TestVerdicts:
@@ -65,7 +23,15 @@ class TestVerdicts:
             (r"so \boxed{True}", "yes"),
             (r"so \boxed{ false }", "no"),
             (r"\boxed{False}, no wait: \boxed{True}", None),  # both
-            (r"\boxed{{True}}", None),  # braces that a formatter doubled are no verdict
+            (r"\boxed{\text{True}}", "yes"),
+            (r"so $\boxed{\mathrm{False}}$.", "no"),
+            (r"\boxed {True}", "yes"),
+            (r"\boxed{\textbf{ false }.}", "no"),
+            (r"\boxed{{True}}", "yes"),
+            (r"\boxed{\text{True}} or \boxed{\text{False}}", None),
+            (r"\boxed{\text{True or False}}", None),
+            (r"\boxed{\text{Untrue}}", None),
+            (r"\boxed{\text{True}", None),
             ("True", None),
             (r"\boxed{True", None),
             (r"\boxed{True} \boxed{True}", "yes"),
@@ -241,6 +207,49 @@ class TestVotes:
         fetch(online, first)
         fetch(online, second)
         assert len(voters.asked) == 3
+
+    def test_offline_votes_are_the_same_on_every_replica_and_after_a_resume(self, monkeypatch):
+        """Servers draw other votes whenever they are asked: replicas' and a later life's answers are all different."""
+        monkeypatch.setattr("megatron_urlvr.loop.signals.gather_from_leaders", lambda new, layout: layout.gather(new))
+        cls = get_provider("votes")
+        options = cls.Options(of="prompt", weights="servers", samples=1, max_new_tokens=8, offline=True)
+
+        def life(says, voters, gather=lambda value: [value]):
+            return Signals(
+                layout=SimpleNamespace(world_size=1, is_leader=True, replica_ranks=(0,), gather=gather),
+                policy=None, needs=frozenset({"cross_vote"}), providers={"other": (cls, options)}, seed=0,
+                respondent_of=lambda *_: voters.setdefault(says, Scripted(lambda text, k: says)), own=None,
+                grader_of=lambda prompt: CountdownGrader(), checkers_of=lambda prompt: {}, decode=str,
+            )  # fmt: skip
+
+        def labels(signals, *ids):
+            groups = [self.group(id=id) for id in ids]
+            signals.fetch(groups)
+            return [group.signals["cross_vote"].tolist() for group in groups]
+
+        def one_replica(rank, total, gather):
+            says = ("#9-2", "#9+2")[rank]
+            signals = life(says, voters := {}, gather)
+            first = labels(signals, ("a", "b")[rank], "both")
+            then = labels(signals, ("b", "a")[rank], "both")
+            saved = json.loads(json.dumps(signals.state_dict()))
+            return first, then, saved, sum(len(prompts) for prompts, _ in voters[says].asked)
+
+        one, other = Replicas(2).run(one_replica)
+        (first, then, saved, asked), (other_first, other_then, other_saved, other_asked) = one, other
+        minus, plus = [1, 0, 0, 0], [0, 1, 0, 1]
+        assert (first, other_first) == ([minus, minus], [plus, plus])
+        assert (then, other_then) == ([plus, minus], [minus, minus])  # "both" is as the first replica drew it
+        assert (asked, other_asked) == (2, 2)
+        assert saved == other_saved
+        resumed = life("#2*9", voters := {})
+        resumed.load_state_dict(saved)
+        assert labels(resumed, "a", "b", "both") == [minus, plus, minus]
+        assert not voters["#2*9"].asked
+        options.samples = 2  # then it is somebody else's memory
+        stranger = life("#2*9", {})
+        stranger.load_state_dict(saved)
+        assert labels(stranger, "a") == [[0, 0, 0, 0]]
 
     def test_missing_paraphrases_are_counted_before_the_first_step(self):
         votes = self.votes(Scripted(self.say), of="paraphrase")

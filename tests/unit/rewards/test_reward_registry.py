@@ -2,6 +2,7 @@
 
 import re
 from importlib.metadata import EntryPoint
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from megatron_urlvr import registry
 from megatron_urlvr.config.base import UnknownName
-from megatron_urlvr.rewards import Reward, available, describe, get_reward, register
+from megatron_urlvr.rewards import Range, Reward, available, describe, get_reward, register
 
 ALL = {
     "self_certainty", "token_entropy", "trajectory_entropy", "probability", "majority_vote",
@@ -23,7 +24,7 @@ class FromElsewhere(Reward):
     name = "from_elsewhere"
     needs = frozenset()
     formula = "1"
-    value_range = "{1}"
+    value_range = Range(1, 1)
     source = "a test"
 
     def score(self, group):
@@ -50,6 +51,18 @@ def test_every_reward_says_what_it_is():
     assert "repetition" in aggregation.doc
     (p,) = entries["random"].options
     assert (p.type, p.default) == ("float", "0.5")
+
+
+def test_a_range_is_two_numbers_and_says_so(monkeypatch):
+    assert [str(each) for each in (Range(0, 1), Range(0, inf), Range(-inf, 0), Range(0, 1, "{0, 1}"))] == [
+        "[0, 1]", "[0, inf)", "(-inf, 0]", "{0, 1}",
+    ]  # fmt: skip
+    semantic = get_reward("semantic_entropy")
+    assert semantic().value_range.is_unit
+    assert str(semantic(semantic.Options(no_meaning=-0.5)).value_range) == "[-0.5, 1]"
+    monkeypatch.setattr(FromElsewhere, "value_range", "[0, 1]")
+    with pytest.raises(TypeError, match=r"value_range = '\[0, 1\]', which must be a megatron_urlvr.rewards.Range"):
+        register(FromElsewhere)
 
 
 def test_only_supervised_rewards_read_labels():
@@ -116,7 +129,7 @@ def test_the_documentation_lists_every_reward_with_its_needs():
 def test_the_example_in_the_documentation_runs(make_group):
     page = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    scope = {"torch": torch, "Reward": Reward}
+    scope = {"torch": torch, "Reward": Reward, "Range": Range}
     exec(code, scope)
     group = make_group(lengths=[1, 1])
     group.samples[0].text = "YES"

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import platform
+import re
+import resource
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from megatron_urlvr.rewards import ProviderContext, get_provider, get_reward
 from megatron_urlvr.rewards.checking import code_block
 from megatron_urlvr.rewards.sandbox import ARCHITECTURES, Limits, run_python, why_unavailable
+from megatron_urlvr.rewards.sandbox_worker import ALLOWED, CLONE, OPEN, VALUES
 from megatron_urlvr.types import Group, Prompt, Sample
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
@@ -61,12 +64,101 @@ def test_programs_end_as_they_should(source, kind):
         "os.kill(-1, 9)",
         "__import__('resource').setrlimit(__import__('resource').RLIMIT_AS, (-1, -1))",
         "os.memfd_create('x')",
+        "os.utime(__import__('sys').executable)",
+        "os.setxattr('/dev/null', 'user.x', b'')",
+        "os.setpriority(os.PRIO_PROCESS, os.getppid(), 5)",
+        "os.sched_setaffinity(os.getppid(), {0})",
+        # signals to others through a file's owner
+        "__import__('fcntl').fcntl(os.pipe()[0], __import__('fcntl').F_SETOWN, os.getpid())",
+        "__import__('fcntl').fcntl(os.pipe()[0], 10, 9)",
+        "__import__('fcntl').fcntl(os.pipe()[0], 15, bytes(8))",
+        "__import__('fcntl').fcntl(os.pipe()[0], __import__('fcntl').F_SETFL, __import__('fcntl').FASYNC)",
+        "__import__('fcntl').ioctl(os.pipe()[0], 0x5452, b'\\1\\0\\0\\0')",
+        "__import__('fcntl').ioctl(os.pipe()[0], 0x8901, b'\\1\\0\\0\\0')",
+        "__import__('fcntl').flock(os.open('/dev/null', 0), 1)",
     ],
 )
 def test_powers_are_refused_and_the_program_may_go_on(power):
     caught = f"import os\ntry:\n    {power}\nexcept (OSError, ValueError):\n    pass\nelse:\n    raise SystemExit"
     assert run_python(caught, PATIENT).kind == "passed"
     assert run_python(f"import os\n{power}", PATIENT).kind == "failed"
+
+
+# By number on x86_64: every call that can change something outside of the process that makes it, as of Linux 6.18.
+CHANGES_OUTSIDE = {
+    "files, their names, owners, times and attributes": [
+        18, 26, 40, 73, 74, 75, 76, 77, 82, 83, 84, 85, 86, 87, 88, 90, 91, 92, 93, 94, 132, 133, 161, 162, 188, 189,
+        190, 197, 198, 199, 206, 209, 235, 258, 259, 260, 261, 263, 264, 265, 266, 268, 275, 276, 277, 278, 280, 285,
+        296, 301, 306, 316, 319, 326, 328, 425, 426, 427, 437, 447, 452, 463, 466, 469,
+    ],
+    "processes, signals and their shares of the machine": [
+        57, 58, 59, 62, 101, 109, 112, 129, 141, 142, 144, 160, 200, 203, 234, 251, 256, 279, 297, 298, 302, 308, 310,
+        311, 314, 322, 424, 434, 438, 440, 448,
+    ],
+    "sockets, queues and shared memory": [
+        29, 30, 31, 41, 42, 43, 44, 46, 48, 49, 50, 53, 54, 64, 65, 66, 68, 69, 70, 71, 220, 240, 241, 242, 243, 244,
+        288, 307,
+    ],
+    "the machine": [
+        103, 153, 154, 155, 159, 163, 164, 165, 166, 167, 168, 169, 170, 171, 172, 173, 174, 175, 176, 179, 180, 227,
+        246, 248, 249, 250, 272, 300, 304, 305, 313, 317, 320, 321, 323, 428, 429, 430, 431, 432, 442, 443, 444, 446,
+    ],
+}  # fmt: skip
+CLONE3 = 435
+UNFILTERED = {335, 336}
+"""uretprobe and uprobe, which the kernel lets pass every filter: outside of a probe they end the caller."""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers are those of x86_64")
+def test_every_call_but_the_ones_that_compute_is_refused_by_number():
+    kept = {numbers[0] for numbers in ALLOWED.values()} | {call[0][0] for call in [*VALUES.values(), *OPEN.values()]}
+    kept.add(CLONE[0])
+    listed = {number for numbers in CHANGES_OUTSIDE.values() for number in numbers}
+    assert not listed & kept
+    refused = sorted(set(range(600)) - kept - UNFILTERED - {CLONE3} | listed)
+    refused += [0x40000000 | number for number in (0, 1, 57, 62)]  # the x32 numbers of the same calls
+    source = (
+        "import ctypes\ncall = ctypes.CDLL(None, use_errno=True).syscall\n"
+        f"went = [n for n in {refused} if call(n, *[-1] * 6) != -1 or ctypes.get_errno() != 1]\n"
+        "raise LookupError if went else SystemExit"
+    )
+    assert run_python(source, PATIENT).detail == "SystemExit"
+
+
+HEADERS = {"x86_64": "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "aarch64": "/usr/include/asm-generic/unistd.h"}
+
+
+@pytest.mark.parametrize("machine", [name for name, path in HEADERS.items() if Path(path).exists()])
+def test_the_numbers_are_those_of_the_kernels_headers(machine):
+    defined = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(HEADERS[machine]).read_text())
+    known = {name: int(number) for name, number in defined}
+    known.setdefault("newfstatat", known.get("fstatat", -1))  # its name in the generic table
+    calls = ALLOWED | {name: numbers for name, (numbers, *_) in [*VALUES.items(), *OPEN.items()]}
+    calls |= {"clone": CLONE, "clone3": (CLONE3, CLONE3)}
+    column = ARCHITECTURES.index(machine)
+    absent = set() if machine == "x86_64" else {name for name, numbers in calls.items() if numbers[1] is None}
+    assert {name: numbers[column] for name, numbers in calls.items() if name not in absent} == {
+        name: known[name] for name in calls if name not in absent
+    }
+
+
+def test_a_program_has_no_open_file_through_which_it_could_fill_another_process():
+    source = (
+        "import os\nopen_ = [fd for fd in range(4096) if os.path.exists(f'/proc/self/fd/{fd}')]\n"
+        "assert open_ == [0, 1, 2], open_\n"
+        "assert {os.readlink(f'/proc/self/fd/{fd}') for fd in open_} == {'/dev/null'}"
+    )
+    busy = [os.open(os.devnull, os.O_RDONLY) for _ in range(100)]  # the worker's page then has a high number
+    try:
+        assert run_python(source, PATIENT).kind == "passed"
+    finally:
+        for descriptor in busy:
+            os.close(descriptor)
+    write = "        try: os.write(fd, b'x' * 2**20)\n        except OSError: pass"
+    flood = f"import os\nwhile True:\n    for fd in range(64):\n{write}"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert run_python(flood, LIMITS).kind == "time"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
 
 
 def test_a_program_that_forks_without_end_leaves_nobody_behind():

@@ -4,6 +4,7 @@ import math
 import random
 
 import pytest
+import scripted
 import torch
 
 from megatron_urlvr.rewards import get_reward
@@ -85,6 +86,43 @@ def test_the_vote_is_an_instance_with_the_responses_own_answer_as_second_argumen
         assert constant == pytest.approx([classes.count(winner) / 8] * 8)
         soft = make("srt_vote").score(group).tolist()
         assert soft == pytest.approx([unified(delta([c], 8), shares, sigma=-1, psi="exp") for c in classes])
+
+
+def test_an_ungated_semantic_entropy_is_the_soft_vote_on_answers_that_can_be_read(make_group):
+    """And where the gate closes, or a response has no answer, it is no instance: it gives 0, or what it is told to."""
+    rng, gated = random.Random(1), 0
+    reward = make("semantic_entropy", no_meaning=-0.5)
+    for _ in range(50):
+        n = rng.randint(2, 8)
+        answers = [rng.choice([None, *range(rng.randint(1, 4))]) for _ in range(n)]
+        classes = [None if a is None else answers.index(a) for a in answers]
+        group = make_group(classes=classes)
+        scores = reward.score(group)
+        ungated = not reward.counts([group], [scores])[0]["gated"]
+        gated += not ungated
+        shares = torch.tensor([[classes.count(c) / n for c in range(n)]], dtype=torch.float64)
+        soft = make("srt_vote").score(group).tolist()
+        for c, score, share in zip(classes, scores.tolist(), soft, strict=True):
+            if c is None:
+                assert score == -0.5
+            else:
+                assert score == pytest.approx(unified(delta([c], n), shares, sigma=-1, psi="exp") if ungated else 0)
+                assert not ungated or score == pytest.approx(share)
+    assert 0 < gated < 50
+
+
+def test_co_rewarding_is_an_instance_with_the_other_votes_winner_as_first_argument():
+    """Answers are numbered over both sides; a winner that nobody here gave has a column of its own."""
+    names = ["#9-2", "#9+2", "#9*2", "#2-9"]
+    rng = random.Random(2)
+    for _ in range(50):
+        mine, others = ([rng.randrange(4) for _ in range(n)] for n in (6, 5))
+        voters = scripted.Scripted(lambda text, k, others=others: names[others[k]])
+        votes = scripted.provider("votes", voters, of="prompt", weights="ema", samples=5, max_new_tokens=8)
+        group = scripted.fetch(votes, scripted.responses([names[answer] for answer in mine]))
+        winner = max(others, key=lambda a: (others.count(a), -others.index(a)))
+        expected = [unified(delta([winner], 4), delta([answer], 4), sigma=-1, psi="exp") for answer in mine]
+        assert make("co_rewarding").score(group).tolist() == expected
 
 
 class TestMonotonicity:
