@@ -7,13 +7,13 @@ export OMP_NUM_THREADS ?= 1
 TEST_WORKERS ?= 2
 PARALLEL = --numprocesses $(TEST_WORKERS) --dist loadfile
 
-.PHONY: demo test lint style types unit distributed clean sglang-cpu test-sglang test-slurm
+.PHONY: demo test lint style types unit gpu distributed clean sglang-cpu test-sglang test-slurm
 
 demo: $(STAMP)  ## the same reward on two beliefs, with a report
 	@$(VENV)/bin/urlvr study configs/demo.yaml
 
 # Processes of a layout often wait for each other: mypy has room beside them.
-test: style unit  ## ruff, mypy and the CPU tests
+test: style unit gpu  ## ruff, mypy, the CPU tests, and those of GPUs where one is
 	@$(MAKE) --no-print-directory --jobs 2 types distributed
 
 lint: style types
@@ -26,6 +26,12 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	$(call timed,unit and kernel tests,$(VENV)/bin/pytest $(PARALLEL) tests/unit tests/kernels)
+
+gpu: $(STAMP)
+	$(call timed,GPU tests,$(gpu_tests))
+
+SEES_GPU = nvidia-smi --list-gpus 2>/dev/null | grep --quiet GPU
+gpu_tests = if $(SEES_GPU); then $(VENV)/bin/pytest tests/gpu; else echo "GPU tests: skipped, nvidia-smi lists no GPU."; fi
 
 distributed: $(STAMP)
 	$(call timed,distributed tests,$(VENV)/bin/pytest tests/distributed)

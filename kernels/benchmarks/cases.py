@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
-GRADIENT_NAMES = ("logp", "entropy", "self_certainty")
+from urlvr_kernels import DIFFERENTIABLE
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Case:
         target = torch.randint(0, shape.vocab, (shape.tokens,), generator=g, device=device)
         confident = slice(0, shape.tokens // 4)  # a quarter of the rows point at their target's embedding
         hidden[confident] += 2.5 * weight[target[confident]]
-        grads = {name: torch.randn(shape.tokens, generator=g, device=device) / shape.tokens for name in GRADIENT_NAMES}
+        grads = {name: torch.randn(shape.tokens, generator=g, device=device) / shape.tokens for name in DIFFERENTIABLE}
         return Case(shape, hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), target, grads)
 
     def clear(self) -> None:

@@ -108,24 +108,31 @@ def _gradient_bytes(case: Case, backward: bool) -> int:
 
 
 def errors(provider: Provider, shape: Shape, dtype: torch.dtype, device: torch.device, limit: int) -> dict[str, float]:
-    """Largest error of each statistic, relative Frobenius error of the gradients, against float64 from the same inputs.
+    """Largest error of each output, relative Frobenius error of the gradients, against float64 from the same inputs.
 
-    limit: tokens at most (the reference holds all of their logits in float64 several times over).
+    argmax: how much larger the largest logit is than the named one. Gradients: of all statistics together ("hidden
+    grad") and of each alone ("entropy, hidden grad"). limit: tokens at most (the reference holds all of their logits in
+    float64 several times over).
     """
     small = Shape(min(shape.tokens, limit), shape.width, shape.vocab)
     case = Case.make(small, dtype, device)
     hidden, weight = (x.detach().double().requires_grad_() for x in (case.hidden, case.weight))
-    names = provider.gives
-    exact = reference.lm_head_stats(hidden, weight, case.target, outputs=names)
-    torch.autograd.backward([(getattr(exact, name) * case.grads[name]).sum() for name in names])
+    names = provider.differentiable
+    exact = reference.lm_head_stats(hidden, weight, case.target, outputs=provider.gives)
     with torch.no_grad():
         found = provider.forward(case)
-    out = {name: (found[name].double() - getattr(exact, name)).abs().max().item() for name in names if name in found}
-    provider.forward_backward(case)
-    for name, ours, theirs in (("hidden grad", case.hidden, hidden), ("weight grad", case.weight, weight)):
-        assert ours.grad is not None
-        assert theirs.grad is not None
-        out[name] = ((ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()).item()
+        out = {k: (found[k].double() - getattr(exact, k)).abs().max().item() for k in provider.gives if k in found}
+        if "argmax" in found:
+            short = (hidden * (weight[exact.argmax] - weight[found["argmax"]])).sum(1)
+            out["argmax"] = short.max().item()
+    for label, of in (("", names), *((f"{name}, ", (name,)) for name in names)):
+        loss = torch.stack([(getattr(exact, name) * case.grads[name]).sum() for name in of]).sum()
+        right = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+        case.clear()
+        provider.forward_backward(case, of)
+        for what, ours, theirs in zip(("hidden", "weight"), (case.hidden.grad, case.weight.grad), right, strict=True):
+            assert ours is not None
+            out[f"{label}{what} grad"] = ((ours.double() - theirs).norm() / theirs.norm()).item()
     return out
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import importlib.util
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from cases import Case
-from urlvr_kernels import lm_head_stats
+from urlvr_kernels import DIFFERENTIABLE, OUTPUTS, lm_head_stats, reference
 
 Statistics = dict[str, torch.Tensor]
 
@@ -41,10 +41,15 @@ class Provider(ABC):
     def forward(self, case: Case) -> Statistics:
         """The statistics, `[T]` each."""
 
-    def forward_backward(self, case: Case) -> None:
-        """Statistics, and the gradients of `sum grads[k] * k` over what it gives, in the case's `.grad`s."""
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        """What it gives with a gradient."""
+        return tuple(name for name in self.gives if name in DIFFERENTIABLE)
+
+    def forward_backward(self, case: Case, of: Sequence[str] | None = None) -> None:
+        """Statistics, and the gradients of `sum grads[k] * k` in the case's `.grad`s; k: `of`, or all it can."""
         found = self.forward(case)
-        torch.autograd.backward([(found[name] * case.grads[name]).sum() for name in self.gives])
+        torch.autograd.backward([(found[name] * case.grads[name]).sum() for name in of or self.differentiable])
 
 
 class GemmFloor(Provider):
@@ -64,7 +69,7 @@ class GemmFloor(Provider):
         torch.mm(case.hidden.detach(), case.weight.detach().t(), out=self._logits)
         return {}
 
-    def forward_backward(self, case: Case) -> None:
+    def forward_backward(self, case: Case, of: Sequence[str] | None = None) -> None:
         self.forward(case)
         assert self._logits is not None
         case.hidden.grad = torch.mm(self._logits, case.weight.detach())
@@ -74,8 +79,8 @@ class GemmFloor(Provider):
 class Ours(Provider):
     """`lm_head_stats` with given arguments."""
 
-    def __init__(self, name: str, gemms: int, **arguments: object) -> None:
-        self.name, self.gemms, self._arguments = name, gemms, arguments
+    def __init__(self, name: str, gemms: int, gives: tuple[str, ...] = Provider.gives, **arguments: object) -> None:
+        self.name, self.gemms, self.gives, self._arguments = name, gemms, gives, arguments
 
     def forward(self, case: Case) -> Statistics:
         stats = lm_head_stats(case.hidden, case.weight, case.target, outputs=self.gives, **self._arguments)
@@ -85,9 +90,10 @@ class Ours(Provider):
 class OursOnePass(Ours):
     """The one-pass form: gradients known beforehand."""
 
-    def forward_backward(self, case: Case) -> None:
+    def forward_backward(self, case: Case, of: Sequence[str] | None = None) -> None:
+        upstream = {name: case.grads[name] for name in of or self.differentiable}
         stats = lm_head_stats(
-            case.hidden, case.weight, case.target, outputs=self.gives, upstream=case.grads, **self._arguments
+            case.hidden, case.weight, case.target, outputs=self.gives, upstream=upstream, **self._arguments
         )
         stats.loss.backward()
 
@@ -109,6 +115,19 @@ class TorchEager(Provider):
 
     def forward(self, case: Case) -> Statistics:
         return dict(zip(self.gives, self.compute(case.hidden, case.weight, case.target), strict=True))
+
+
+class TorchEverything(Provider):
+    """All outputs from materialised logits in eager torch, to be compared in accuracy."""
+
+    name = "torch, materialised"
+    gives = OUTPUTS
+    gemms = 3
+
+    def forward(self, case: Case) -> Statistics:
+        logits = case.hidden @ case.weight.t()
+        stats = reference.logits_stats(logits.float(), case.target, outputs=self.gives)
+        return {name: getattr(stats, name) for name in self.gives}
 
 
 class TorchCompiled(TorchEager):
@@ -173,9 +192,9 @@ class Trl(Provider):
         logits = case.hidden @ case.weight.t()
         return {"logp": selective_log_softmax(logits, case.target), "entropy": entropy_from_logits(logits)}
 
-    def forward_backward(self, case: Case) -> None:
+    def forward_backward(self, case: Case, of: Sequence[str] | None = None) -> None:
         found = self.forward(case)  # its entropy carries no gradient in every version
-        with_gradient = [(found[k] * case.grads[k]).sum() for k in self.gives if found[k].requires_grad]
+        with_gradient = [(found[k] * case.grads[k]).sum() for k in of or self.gives if found[k].requires_grad]
         torch.autograd.backward(with_gradient)
 
 
@@ -207,7 +226,7 @@ class Quack(CrossEntropyPeer):
 
         return {"sum": chunked_linear_cross_entropy(case.hidden, case.weight, case.target, reduction="sum")}
 
-    def forward_backward(self, case: Case) -> None:
+    def forward_backward(self, case: Case, of: Sequence[str] | None = None) -> None:
         self.forward(case)["sum"].backward()
 
 

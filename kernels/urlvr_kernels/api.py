@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from . import checks
-from .arguments import resolve_rows, resolve_shard
+from .arguments import resolve_head, resolve_rows, resolve_shard
 from .backends import choose_ops
 from .call import HeadCall
 from .device import on_cpu
@@ -52,8 +52,9 @@ def lm_head_stats(
         vocab_start: global id of this shard's first row.
         vocab_size: number of real entries of the whole vocabulary; weight rows beyond it count nowhere and get no
             gradient. None: all rows of all shards are real.
-        tp_group: the tensor-parallel group; shards may be unequal. All ranks pass the same target, temperature,
-            row_index and upstream, get the same outputs, and must feed them the same gradients.
+        tp_group: the tensor-parallel group; shards may be unequal, and each entry is in one of them. All ranks pass the
+            same target, temperature, row_index and upstream, get the same outputs, and must feed them the same
+            gradients. A weight or vocab_start that one rank alone cannot use is refused on all of them.
         sequence_parallel: `hidden` is sharded along T over tp_group; so is its gradient.
         outputs: names of `urlvr_kernels.OUTPUTS`, whose definitions and units `TokenStats` gives.
         row_index: `[R]` int64, the rows of (gathered) `hidden` to read; None reads all, R = T. A row that is read twice
@@ -73,10 +74,11 @@ def lm_head_stats(
     Returns `[R]` float32 each (float64 for float64 inputs; argmax int64).
 
     Raises ValueError for an argument that cannot be used, in a sentence that names it. On GPUs, values of target and
-    temperature are checked on the device (`torch._assert_async`), so that nothing waits for it.
+    temperature, and what other ranks say of their shards, are checked on the device (`torch._assert_async`), so that
+    nothing waits for it.
     """
-    checks.check_head(hidden, weight, wgrad, stash_bytes, workspace_bytes)
-    shard = resolve_shard("weight", weight.shape[0], vocab_start, vocab_size, tp_group)
+    checks.check_hidden(hidden, wgrad, stash_bytes, workspace_bytes)
+    weight, shard = resolve_head(weight, hidden, vocab_start, vocab_size, tp_group, wgrad)
     checks.check_parallel(sequence_parallel, tp_group, upstream is not None and shard.tp.size > 1, vocab_size)
     names = checks.check_outputs(outputs, target, upstream)
     scattered = sequence_parallel and shard.tp.size > 1

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from .checks import check_shards
 from .device import gemm_dtype, wide_dtype
 from .rowstate import COUNT, Slopes, Wanted
 from .stats import TokenStats
@@ -64,6 +65,15 @@ class Shard:
     vocab_size: int | None
     """Real entries of the whole vocabulary, as the caller gave it; None: all columns of all shards."""
     tp: TensorParallel
+    refusal: str | None = None
+    """Why this rank cannot do its part. It meets the others all the same, as padding alone, so that they learn of it
+    instead of waiting for it."""
+
+    @property
+    def layout(self) -> tuple[int, int, int, int]:
+        """What the other ranks are told of this shard; see `checks.check_shards`."""
+        first = self.first if self.vocab_size is None else min(self.first, self.vocab_size)
+        return first, first + self.valid, self.vocab_size or 0, int(self.refusal is not None)
 
     @property
     def known_size(self) -> int | None:
@@ -73,6 +83,20 @@ class Shard:
     def size(self, state: torch.Tensor) -> int | torch.Tensor:
         """Real entries of the whole vocabulary; a tensor `[R]` where only its merged `state` `[8, R]` knows them."""
         return state[COUNT] if self.known_size is None else self.known_size
+
+    def join(self, state: torch.Tensor, target: torch.Tensor | None, ops: Ops, wanted: Wanted) -> torch.Tensor:
+        """This shard's `state` `[8, R]` -> that of the whole vocabulary, the same bits on every rank.
+
+        The shards' layout travels with the states. If it, or `target` `[R]`, or a rank's arguments cannot be right,
+        every rank refuses: on a CPU with ValueError, on a GPU without waiting (`checks.require_everywhere`).
+        """
+        if self.tp.group is None:
+            return state
+        states, layout = self.tp.gather_states(state, self.layout)
+        if self.refusal is not None:
+            raise ValueError(self.refusal)
+        check_shards(layout, self.vocab_size, target)
+        return ops.merge(states, wanted)
 
 
 @dataclass(frozen=True)

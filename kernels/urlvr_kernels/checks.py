@@ -91,21 +91,25 @@ def check_rows(name: str, value: torch.Tensor, rows: int, like_name: str, like: 
     check_same(name, value, like_name, like)
 
 
-def check_head(hidden: torch.Tensor, weight: torch.Tensor, wgrad: str, stash_bytes: int, workspace_bytes: int) -> None:
-    """The two matrices, budgets, and where the weight's gradient goes."""
+def check_hidden(hidden: torch.Tensor, wgrad: str, stash_bytes: int, workspace_bytes: int) -> None:
+    """The hidden states, budgets, and the way of the weight's gradient: what ranks have alike."""
     check_matrix("hidden", hidden, "[T, H]")
-    check_matrix("weight", weight, "[V_local, H]")
-    check_same("weight", weight, "hidden", hidden, dtype=True)
-    _require(
-        hidden.shape[1] == weight.shape[1],
-        f"weight: shape {tuple(weight.shape)}; its rows must be as wide as those of hidden, {hidden.shape[1]}.",
-    )
     _require(hidden.shape[1] > 0, "hidden: width 0; it must have at least one column.")
     for name, value in (("stash_bytes", stash_bytes), ("workspace_bytes", workspace_bytes)):
         _require(isinstance(value, int), f"{name}: {value!r}; it must be a whole number of bytes.")
     _require(stash_bytes >= 0, f"stash_bytes: {stash_bytes}; it must be 0 (recompute everything) or more.")
     _require(workspace_bytes > 0, f"workspace_bytes: {workspace_bytes}; it must be positive.")
     _require(wgrad in ("autograd", "main_grad"), f"wgrad: {wgrad!r}; choose autograd or main_grad.")
+
+
+def check_weight(weight: torch.Tensor, hidden: torch.Tensor, wgrad: str) -> None:
+    """This rank's shard of the head, and where its gradient goes."""
+    check_matrix("weight", weight, "[V_local, H]")
+    check_same("weight", weight, "hidden", hidden, dtype=True)
+    _require(
+        hidden.shape[1] == weight.shape[1],
+        f"weight: shape {tuple(weight.shape)}; its rows must be as wide as those of hidden, {hidden.shape[1]}.",
+    )
     if wgrad == "main_grad" and weight.requires_grad:
         main = getattr(weight, "main_grad", None)
         _require(
@@ -159,26 +163,26 @@ def resolve_logits_dtype(logits_dtype: torch.dtype | None, hidden: torch.Tensor)
     return logits_dtype
 
 
-def check_vocabulary(
-    columns: int, vocab_start: int, vocab_size: int | None, parallel: bool, holder: str = "weight"
-) -> int:
-    """Number of this shard's columns that are real vocabulary."""
+def check_vocab_size(vocab_size: int | None) -> None:
+    """The size of the whole vocabulary."""
+    _require(
+        vocab_size is None or vocab_size > 0,
+        f"vocab_size: {vocab_size}; it is the number of real vocabulary entries, 1 or more.",
+    )
+
+
+def check_shard(holder: str, columns: int, vocab_start: int, vocab_size: int | None, parallel: bool) -> int:
+    """This rank's columns; returns how many of them are real vocabulary."""
     _require(
         columns > 0, f"{holder}: an empty shard (0 vocabulary rows); every rank needs at least one, padding included."
     )
     _require(vocab_start >= 0, f"vocab_start: {vocab_start}; it is the global id of the first column, 0 or more.")
-    if vocab_size is None:
-        _require(
-            vocab_start == 0 or parallel,
-            f"vocab_start: {vocab_start} without tp_group; one rank alone holds the whole vocabulary, which starts at "
-            f"0.",
-        )
-        return columns
-    _require(vocab_size > 0, f"vocab_size: {vocab_size}; it is the number of real vocabulary entries, 1 or more.")
     _require(
         parallel or vocab_start == 0,
         f"vocab_start: {vocab_start} without tp_group; one rank alone holds the whole vocabulary, which starts at 0.",
     )
+    if vocab_size is None:
+        return columns
     _require(
         parallel or vocab_size <= columns,
         f"vocab_size: {vocab_size}, but {holder} holds {columns} entries and tp_group is None; pass the group.",
@@ -186,17 +190,53 @@ def check_vocabulary(
     return min(max(vocab_size - vocab_start, 0), columns)
 
 
+def check_shards(layout: torch.Tensor, vocab_size: int | None, target: torch.Tensor | None) -> None:
+    """The shards of a tensor-parallel group together: every entry of the vocabulary on exactly one rank.
+
+    layout: `[ranks, 4]`, the same on all ranks: a shard's first id, the id behind its last real one, the vocab_size its
+    rank was given (0: None), and whether the rank refused its arguments. target `[R]` is held against the size that
+    comes of it where vocab_size is None.
+    """
+    first, end, sizes, refused = layout.unbind(1)
+    require_everywhere(
+        refused == 0, "tp_group: another of its ranks refused an argument; the error of that rank names it."
+    )
+    require_everywhere(
+        sizes == (vocab_size or 0),
+        f"vocab_size: {vocab_size}, but other ranks of tp_group were given another; pass the same on all.",
+    )
+    # Shards lie side by side if and only if they hold y entries below y, each counted as often as it is held, for
+    # every y at which one of them, or the vocabulary, begins or ends.
+    border = layout[:, :3].flatten()
+    held = (end.minimum(border[:, None]) - first.minimum(border[:, None])).sum(1)
+    shards = f" {layout[:, :2].int().tolist()}" if on_cpu(layout) else ""
+    require_everywhere(
+        held == border,
+        f"vocab_start: the shards{shards} of tp_group (first id, id behind the last) overlap, leave a gap or do not "
+        f"make up vocab_size={vocab_size}; pass each rank the global id of its first column.",
+    )
+    if vocab_size is None and target is not None:
+        known = f"0 .. {int(end.max()) - 1}" if on_cpu(layout) else "the vocabulary"
+        require_everywhere(target < end.max(), _outside(known))
+
+
+def _outside(limit: str) -> str:
+    return f"target: ids outside {limit}; rows to leave out carry {IGNORED}."
+
+
 def check_target(
     target: torch.Tensor, rows: int, vocab_size: int | None, like_name: str, like: torch.Tensor
 ) -> torch.Tensor | None:
-    """Global ids in range, or -100. Returns the mask of ignored rows; None where there are known to be none (CPUs)."""
+    """Global ids in range, or -100; `check_shards` looks at the upper end where vocab_size is None.
+
+    Returns the mask of ignored rows; None where there are known to be none (CPUs).
+    """
     check_rows("target", target, rows, like_name, like)
     _require(
         target.dtype in (torch.int64, torch.int32),
         f"target: dtype {target.dtype}; token ids must be int64 or int32.",
     )
-    limit = "the vocabulary" if vocab_size is None else f"0 .. {vocab_size - 1}"
-    sentence = f"target: ids outside {limit}; rows to leave out carry {IGNORED}."
+    sentence = _outside("the vocabulary" if vocab_size is None else f"0 .. {vocab_size - 1}")
     if on_cpu(target) and rows:
         low, high = (int(bound) for bound in target.aminmax())
         _require(vocab_size is None or high < vocab_size, sentence)

@@ -108,4 +108,4 @@ def _forward(logits: torch.Tensor, call: LogitsCall) -> torch.Tensor:
                 inv_tau=cut(call.rows.inv_tau, tile),
                 masked=True,
             )
-    return call.ops.merge(call.shard.tp.gather_states(call.ops.merge(parts, wanted)), wanted)
+    return call.shard.join(call.ops.merge(parts, wanted), call.rows.target, call.ops, wanted)

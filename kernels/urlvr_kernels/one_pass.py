@@ -53,7 +53,8 @@ def one_pass(
                     first=call.shard.first,
                     whole=is_whole(call, columns),
                 )
-        state = call.ops.merge(call.shard.tp.gather_states(parts[0]), call.wanted)
+        target = None if call.rows.target is None else call.rows.target[block]
+        state = call.shard.join(parts[0], target, call.ops, call.wanted)
         lse, entropy, values = statistics(state, call.outputs, call.shard.known_size)
         found.append(values)
         if chunks:
@@ -64,6 +65,7 @@ def one_pass(
         sums.end_block(block)
     if not found:
         empty = empty_state(call.shard.valid, 0, like=rows, dtype=wide)
+        empty = call.shard.join(empty, call.rows.target, call.ops, call.wanted)
         found.append(statistics(empty, call.outputs, call.shard.known_size)[2])
     whole = found[0] if len(found) == 1 else {name: torch.cat([part[name] for part in found]) for name in found[0]}
     return whole, *sums.finish()

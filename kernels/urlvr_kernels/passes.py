@@ -118,7 +118,7 @@ def forward_pass(
     state = (
         states[0] if len(states) == 1 else torch.cat(states, 1) if states else empty_state(0, 0, like=rows, dtype=wide)
     )
-    return call.ops.merge(call.shard.tp.gather_states(state), call.wanted), stash
+    return call.shard.join(state, call.rows.target, call.ops, call.wanted), stash
 
 
 def backward_pass(

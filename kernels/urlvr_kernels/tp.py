@@ -6,6 +6,7 @@ vocabulary; shards may be unequal, in any order of the ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,14 +28,20 @@ class TensorParallel:
             return TensorParallel()
         return TensorParallel(group, dist.get_world_size(group), dist.get_rank(group))
 
-    def gather_states(self, state: torch.Tensor) -> torch.Tensor:
-        """`[8, T]` of this rank's shard -> `[ranks, 8, T]`, the same bits on every rank."""
-        if self.group is None or state.shape[1] == 0:
-            return state.unsqueeze(0)
+    def gather_states(self, state: torch.Tensor, about: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[8, T]` of this rank's shard, and a few numbers about the shard -> `[ranks, 8, T]` and `[ranks, numbers]`.
+
+        The same bits on every rank. One collective, over no rows (T = 0) too: the numbers always arrive.
+        """
+        mine = state.new_empty(state.numel() + len(about))
+        mine[: state.numel()].view(state.shape).copy_(state)
+        for place, number in enumerate(about, start=state.numel()):
+            mine[place].fill_(number)
         # gloo takes only outputs that concatenate along dimension 0; hence the flat buffer.
-        flat = state.new_empty(self.size * state.shape[0], state.shape[1])
-        dist.all_gather_into_tensor(flat, state.contiguous(), group=self.group)
-        return flat.view(self.size, *state.shape)
+        flat = mine.new_empty(self.size * mine.numel())
+        dist.all_gather_into_tensor(flat, mine, group=self.group)
+        states, numbers = flat.view(self.size, -1).split([state.numel(), len(about)], dim=1)
+        return states.view(self.size, *state.shape), numbers
 
     def gather_rows(self, shard: torch.Tensor) -> torch.Tensor:
         """Sequence-parallel input: `[T / size, H]` of each rank -> `[T, H]`."""

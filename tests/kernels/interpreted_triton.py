@@ -153,6 +153,7 @@ def test_merging_on_the_device_equals_merging_in_torch():
     parts[1][0, 4] = parts[2][0, 4] = 9.0  # a tie across parts
     for part in parts[:3]:
         part[6] = part[0] - part[6].abs()
-    states = torch.stack([parts[3], *parts[:3]])
+    # As ranks' states arrive: numbers about a shard lie between them.
+    states = torch.zeros(4, 8 * 11 + 4)[:, : 8 * 11].view(4, 8, 11).copy_(torch.stack([parts[3], *parts[:3]]))
     expected, found = merge(states.double(), wanted), triton_ops.TritonOps().merge(states, wanted)
     assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-6)

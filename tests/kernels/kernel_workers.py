@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -108,6 +109,71 @@ def check_logits(rank: int, size: int, group: dist.ProcessGroup, cuts: list[int]
     assert_grad_close(logits.grad, exact.grad[:, mine], 1e-11, "logits")
 
 
+def refusal(function: Callable[..., object], **arguments: object) -> str:
+    """The sentence of the ValueError that the call ends with."""
+    try:
+        function(**arguments)
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+TOGETHER: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
+    "a target beyond the last shard": ("target: ids outside 0 .. 9;", {"vocab_start": 0}, {"vocab_start": 4}),
+    "shards that overlap": ("vocab_start: the shards [[0, 4], [3, 9]]", {"vocab_start": 0}, {"vocab_start": 3}),
+    "a gap between shards": ("vocab_start: the shards [[0, 4], [5, 11]]", {"vocab_start": 0}, {"vocab_start": 5}),
+    "two first shards": ("vocab_start: the shards [[0, 4], [0, 6]]", {"vocab_start": 0}, {"vocab_start": 0}),
+    "too few entries": (
+        "vocab_start: the shards [[0, 4], [4, 10]] of tp_group (first id, id behind the last) overlap, leave a gap or "
+        "do not make up vocab_size=13;",
+        {"vocab_start": 0, "vocab_size": 13},
+        {"vocab_start": 4, "vocab_size": 13},
+    ),
+    "two sizes": ("vocab_size: ", {"vocab_start": 0, "vocab_size": 14}, {"vocab_start": 4, "vocab_size": 13}),
+}
+"""Sentence of both ranks, and the arguments of each, which alone could be right; shards are 4 and 6 wide."""
+
+ALONE: dict[str, tuple[str, dict[str, object]]] = {
+    "an empty shard": ("weight: an empty shard", {"weight": torch.zeros(0, 3)}),
+    "a shard before the first entry": ("vocab_start: -1", {"vocab_start": -1}),
+    "a narrower shard": ("weight: shape (6, 2)", {"weight": torch.zeros(6, 2)}),
+    "a shard of another type": ("weight: dtype torch.float64", {"weight": torch.zeros(6, 3, dtype=torch.float64)}),
+    "no main_grad": (
+        "wgrad: 'main_grad', but the weight has no",
+        {"weight": torch.zeros(6, 3, requires_grad=True), "wgrad": "main_grad"},
+    ),
+}
+"""Sentence of the last rank, and what is wrong with its arguments; the other's are right."""
+
+
+def check_refusals(rank: int, group: dist.ProcessGroup) -> None:
+    """What is wrong with one rank's arguments, or with both ranks' together, is refused on both: neither waits."""
+    hidden, target = torch.zeros(4, 3), torch.tensor([12, 0, -100, 3])
+    weight = torch.zeros((4, 6)[rank], 3)
+    for name, (sentence, *arguments) in TOGETHER.items():
+        more = {"target": target, "tp_group": group, **arguments[rank]}
+        head = refusal(lm_head_stats, hidden=hidden, weight=weight, **more)
+        logits = refusal(logits_stats, logits=hidden @ weight.T, **more)
+        assert head.startswith(sentence), f"{name}: {head}"
+        assert logits.startswith(sentence), f"{name}: {logits}"
+    right = {"weight": weight, "vocab_start": 4 * rank, "vocab_size": 10, "tp_group": group}
+    one_pass = {"hidden": hidden.clone().requires_grad_(), "upstream": {"logp": torch.ones(4)}}
+    nothing = torch.empty(0, dtype=torch.int64)
+    forms: list[dict[str, object]] = [
+        {},
+        one_pass,
+        {"hidden": hidden[:2], "sequence_parallel": True},
+        {"row_index": nothing, "target": nothing},
+        {**one_pass, "target": torch.full((4,), -100)},
+    ]
+    for name, (alone, wrong) in ALONE.items():
+        sentence = alone if rank else "tp_group: another of its ranks refused an argument"
+        for changed in forms:
+            arguments = {"hidden": hidden, "target": target % 10, **right, **changed, **(wrong if rank else {})}
+            found = refusal(lm_head_stats, **arguments)
+            assert found.startswith(sentence), f"{name} {list(changed)}: {found}"
+
+
 def run_all(rank: int, size: int, folder: str) -> None:
     """Every check of one group size, in one set of processes (starting them is what takes the time)."""
     group = start(rank, size, folder)
@@ -119,4 +185,6 @@ def run_all(rank: int, size: int, folder: str) -> None:
     check_head(rank, size, group, wide, vocab_size=600)
     check_rows_and_bits(rank, size, group)
     check_logits(rank, size, group, cuts)
+    if size == 2:
+        check_refusals(rank, group)
     dist.destroy_process_group()

@@ -22,7 +22,7 @@ from urlvr_kernels.cuda_ops import DTYPES, CudaOps
 from urlvr_kernels.rowstate import TARGET, Slopes, Wanted, statistics
 
 needs_nvcc = pytest.mark.skipif(
-    cuda_build.find_nvcc() is None, reason="nvcc is not here: that the CUDA sources compile for GPUs is unchecked"
+    cuda_build.find_nvcc() is None, reason="nvcc is not here: that they compile for GPUs is unchecked"
 )
 
 
@@ -66,6 +66,35 @@ def test_the_sources_compile_for_sm_80_and_sm_90_and_the_result_is_kept(tmp_path
     monkeypatch.setattr(cuda_build, "ABI_VERSION", 999)
     with pytest.raises(cuda_build.CudaBuildError, match="ABI version 1, this package needs 999"):
         cuda_build.check(loaded)
+
+
+class Said:
+    """What pytest's terminal reporter would be told, were a run's reports `stats`."""
+
+    def __init__(self, **stats: list[SimpleNamespace]) -> None:
+        self.stats, self.lines = stats, list[str]()
+
+    def write_line(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def test_a_runs_last_lines_say_whether_the_sources_were_compiled(pytestconfig):
+    here = Path(__file__).parent / "conftest.py"
+    (plugin,) = (p for p in pytestconfig.pluginmanager.get_plugins() if getattr(p, "__file__", "") == str(here))
+    assert plugin.COMPILES in globals()
+    compiles = f"tests/kernels/test_cuda_sources.py::{plugin.COMPILES}"
+    other = SimpleNamespace(nodeid="tests/kernels/test_x.py::test_y", longrepr=None)
+    skipped = SimpleNamespace(
+        nodeid=compiles, longrepr=("test_cuda_sources.py", 29, f"Skipped: {needs_nvcc.kwargs['reason']}")
+    )
+    for said, lines in (
+        (Said(passed=[other]), []),
+        (Said(passed=[other, SimpleNamespace(nodeid=compiles, longrepr=None)]), ["compiled for sm_80 and sm_90."]),
+        (Said(skipped=[skipped]), ["not compiled, nvcc is not here: that they compile for GPUs is unchecked."]),
+        (Said(failed=[SimpleNamespace(nodeid=compiles, longrepr="boom")]), ["compiling them failed, see above."]),
+    ):
+        plugin.pytest_terminal_summary(said)
+        assert said.lines == [f"CUDA sources: {line}" for line in lines]
 
 
 def test_without_nvcc_the_backend_says_what_is_missing(monkeypatch, tmp_path):

@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from urlvr_kernels import OUTPUTS, api, lm_head_stats, logits_stats
+from urlvr_kernels.call import Shard
 from urlvr_kernels.head import head_statistics
 from urlvr_kernels.one_pass import one_pass
 from urlvr_kernels.passes import backward_pass, forward_pass
-from urlvr_kernels.rowstate import incoming, statistics
+from urlvr_kernels.rowstate import Wanted, incoming, statistics
+from urlvr_kernels.tp import TensorParallel
 
 MIB = 1 << 20
 
@@ -121,6 +123,21 @@ def test_logits_stats_waits_for_nothing(temperatures):
             logits, target, temperature=torch.ones(temperatures, device="meta"), vocab_size=50257, outputs=OUTPUTS
         )
         assert stats.argmax.dtype == torch.int64
+
+
+@pytest.mark.parametrize("vocab_size", [None, 9999])
+def test_shards_are_joined_and_checked_without_waiting(vocab_size):
+    state, target = torch.empty(8, 7, device="meta"), torch.empty(7, device="meta", dtype=torch.int64)
+    shard = Shard(5000, 5000, vocab_size, TensorParallel(mock.sentinel.group, size=2, rank=1))
+    sent = []
+
+    def gather(out, mine, group):
+        sent.append((mine.shape, out.shape))
+
+    with mock.patch.object(torch.distributed, "all_gather_into_tensor", gather):
+        joined = shard.join(state, target, NoKernels(), Wanted())
+    assert sent == [((8 * 7 + 4,), (2 * (8 * 7 + 4),))]
+    assert joined.shape == (8, 7)
 
 
 @pytest.mark.parametrize("wgrad", ["autograd", "main_grad"])

@@ -113,9 +113,9 @@ def hf_model(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
 
 
 def hf_logits(model: Any, row: Row) -> torch.Tensor:
-    """`[L, V]` logits that predict each response token of `row`, teacher-forced, this row alone."""
-    ids = torch.tensor([[*row.prompt, *row.response]])
-    return model(input_ids=ids).logits[0, len(row.prompt) - 1 : -1]
+    """`[L, V]` logits that predict each response token of `row`, teacher-forced, this row alone; on the CPU."""
+    ids = torch.tensor([[*row.prompt, *row.response]], device=model.device)
+    return model(input_ids=ids).logits[0, len(row.prompt) - 1 : -1].cpu()
 
 
 def stats_of_logits(logits: torch.Tensor, response: Sequence[int]) -> Stats:
