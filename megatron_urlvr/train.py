@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from .config.root import Config
+from .data.labels import uses_of
 from .distributed.exchange import any_rank, hand_over, merge_sums
 from .distributed.layout import joined, world_size_from_environment
 from .evaluate import Evaluator
@@ -166,7 +167,8 @@ class Trainer:
         per_step = updates_per_step(self.config)
         found = []
         for k, rows in enumerate(mini_batches(self.config, self.parts.layout, groups)):
-            lr = learning_rate(self.config.optim, self.step * per_step + k, self.config.run.steps * per_step)
+            update, steps = self.step * per_step + k, self.config.run.steps
+            lr = learning_rate(self.config.optim, update, steps=steps, per_step=per_step)
             found.append(self.parts.policy.update(rows, self.parts.loss, lr=lr))
             self.untouched = False
         return {name: math.fsum(each[name] for each in found) / len(found) for name in found[0]}
@@ -214,7 +216,7 @@ class Trainer:
             return
         self.step, self.version, self.tokens = state["step"], state["version"], state["tokens"]
         self.feed.load_state_dict(state["stream"])
-        uses = state["labels"][self.parts.layout.dp_rank]
+        uses = uses_of(state["labels"], self.parts.layout.dp_rank, self.parts.layout.dp)
         self.parts.labels.uses.update(uses)
         if "watch" in state:  # not in checkpoints from before there was one
             self.watch.load_state_dict(state["watch"])

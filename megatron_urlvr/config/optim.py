@@ -11,7 +11,11 @@ class OptimSection(Section):
     lr: float = Field(gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """What follows the warm-up: `constant`, or down to `min_lr`, which a step after the last would have."""
+    """What follows the warm-up: `constant`, or down to `min_lr`, which a step after the horizon would have."""
+    schedule_steps: int | None = Field(default=None, ge=1)
+    """Horizon of cosine and linear (Megatron-LM's lr-decay-iters), in steps as `run.steps` counts them; None:
+    `run.steps`. Later steps are taken at `min_lr`. A run keeps the horizon that it began with: give it to raise
+    `run.steps`."""
     warmup_steps: int = Field(default=0, ge=0)
     """Linear warm-up from 0, in optimizer steps."""
     min_lr: float = Field(default=0.0, ge=0)
@@ -28,6 +32,10 @@ class OptimSection(Section):
     """Global gradient norm; 0 does not clip."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay of the weights' moving average; None keeps none."""
+
+    def horizon(self, steps: int) -> int | None:
+        """Steps over which the rate falls in a run of `steps`; None where it does not."""
+        return None if self.schedule == "constant" else self.schedule_steps or steps
 
     @rule("min_lr", "lr")
     def _floor(self) -> str | None:
