@@ -103,9 +103,8 @@ class Trainer:
             self.step += 1
             self.groups = []
             self.tokens += int(metrics["tokens/step"])
-            if self.evaluator.due(self.step):
-                metrics |= self.evaluate(metrics)
             metrics |= self.watch.observe(self.step, metrics)
+            metrics |= self.serve(metrics)
             self.complete(metrics | self.timings(metrics["tokens/step"], time.perf_counter() - started))
             every = self.config.checkpoint.every
             if every and self.step % every == 0:
@@ -113,17 +112,8 @@ class Trainer:
             self.watch.act()
         self.save()
 
-    def evaluate(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Held-out metrics. When no server is left for them the step counts all the same, without them."""
-        try:
-            with self.phase("eval"):
-                return self.evaluator.run(self.step)
-        except (RolloutFailed, Abandoned):
-            self.complete(metrics)
-            raise
-
     def take_step(self, step: int) -> dict[str, float]:
-        """Generate, score, reward, update, hand the new weights to the engine."""
+        """Generate, score, reward, update."""
         self.heed_signals()
         with self.phase("generate"):
             self.groups = groups = self.feed.take(step, version=self.version)
@@ -144,10 +134,26 @@ class Trainer:
                 metrics |= selected | lesson_metrics(self.parts, trained)
                 metrics |= correction_metrics(self.config, [row for each in rows for row in each], self.parts.layout)
                 metrics |= self.update(rows)
-            with self.phase("sync"):
-                self.version += 1
-                self.push_weights()
-        return metrics | self.parts.engine_metrics(self.feed.counted())
+            self.version += 1
+        return metrics
+
+    def serve(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Hand the new weights to the engine, and evaluate them where that is due; returns the metrics of both. Where
+        servers fail in it, or a signal interrupts it, the step counts all the same, with `metrics` alone."""
+        found: dict[str, float] = {}
+        try:
+            if not self.config.run.rollout_only:
+                with self.phase("sync"):
+                    self.push_weights()
+            found |= self.parts.engine_metrics(self.feed.counted())
+            if self.evaluator.due(self.step):
+                with self.phase("eval"):
+                    found |= self.evaluator.run(self.step)
+        except (RolloutFailed, Abandoned):
+            self.complete({**metrics, **found})
+            self.watch.act()
+            raise
+        return found
 
     def observe(self, groups: list[Group], results: list[RewardResult], step: int) -> dict[str, float]:
         """Metrics of the rollouts, without labels, and the audit against them, over all replicas."""
