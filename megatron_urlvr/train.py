@@ -128,9 +128,8 @@ class Trainer:
         self.heed_signals()
         if not self.config.run.rollout_only:
             with self.phase("update"):
-                totals = [result.total for result in results]
-                trained, totals, selected = select_groups(self.config, self.parts, groups, totals)
-                rows = training_rows(self.config, self.parts, trained, totals)
+                trained, results, selected = select_groups(self.config, self.parts, groups, results)
+                rows = training_rows(self.config, self.parts, trained, results)
                 metrics |= selected | lesson_metrics(self.parts, trained)
                 metrics |= correction_metrics(self.config, [row for each in rows for row in each], self.parts.layout)
                 metrics |= self.update(rows)
@@ -157,10 +156,11 @@ class Trainer:
 
     def observe(self, groups: list[Group], results: list[RewardResult], step: int) -> dict[str, float]:
         """Metrics of the rollouts, without labels, and the audit against them, over all replicas."""
-        totals = [result.total for result in results]
+        proxies, totals = [result.proxy for result in results], [result.total for result in results]
         correct = [self.parts.correctness(group, use="audit") for group in groups]
         tokens = float(sum(sample.length for group in groups for sample in group.samples))
-        sums = [rollout_sums(groups, totals), term_sums(groups, results), audit_sums(groups, totals, correct)]
+        sums = [rollout_sums(groups, proxies, totals), term_sums(groups, results)]
+        sums.append(audit_sums(groups, totals, correct))  # of the proxy its order counts, which small numbers lose
         if self.evaluator.due(step):
             sums.append(divergence_from_start(self.parts, groups))
         sums.append({"tokens/step": (tokens, 1.0 / self.parts.layout.dp)})

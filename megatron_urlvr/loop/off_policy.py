@@ -155,7 +155,7 @@ def _rewards(config: Config, parts: Parts, groups: Sequence[Group], trainer: Map
     theirs = parts.reward.score_groups([with_stats(g, [engine(s) for s in g.samples]) for g in groups])
     ours = parts.reward.score_groups([with_stats(g, [trainer[id(s)] for s in g.samples]) for g in groups])
     difference = torch.cat(
-        [torch.zeros(0, dtype=torch.float64), *((a.total - b.total).abs() for a, b in zip(theirs, ours, strict=True))]
+        [torch.zeros(0, dtype=torch.float64), *((a.proxy - b.proxy).abs() for a, b in zip(theirs, ours, strict=True))]
     )
     count = float(len(difference))
     sums = {
