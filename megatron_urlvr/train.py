@@ -37,7 +37,7 @@ from .loop.batching import (
 )
 from .loop.collapse_watch import Collapsed, CollapseWatch
 from .loop.feed import Feed
-from .loop.off_policy import compare, correction_metrics, updates_per_step
+from .loop.off_policy import compare, correction_metrics, of_the_policy, updates_per_step
 from .monitor.audit import audit_sums, merge, rates, rollout_sums, term_sums
 from .policy.batch import Row
 from .policy.optimizer import learning_rate
@@ -160,6 +160,8 @@ class Trainer:
         correct = [self.parts.correctness(group, use="audit") for group in groups]
         tokens = float(sum(sample.length for group in groups for sample in group.samples))
         sums = [rollout_sums(groups, proxies, totals), term_sums(groups, results)]
+        if not of_the_policy(self.config):
+            sums[0].pop("policy/entropy", None)  # of another temperature, or other weights
         sums.append(audit_sums(groups, totals, correct))  # of the proxy its order counts, which small numbers lose
         if self.evaluator.due(step):
             sums.append(divergence_from_start(self.parts, groups))

@@ -75,8 +75,12 @@ def behaviour_logp(sample: Sample) -> torch.Tensor:
 
 def scored_by_trainer(config: Config) -> bool:
     """Whether `Sample.stats` are the trained policy's, at the temperature of the rollouts."""
-    here = config.reward.statistics == "trainer" and config.reward.judge == "policy"
-    return here and config.reward.temperature in ("rollout", config.rollout.temperature)
+    return config.reward.statistics == "trainer" and of_the_policy(config)
+
+
+def of_the_policy(config: Config) -> bool:
+    """Whether `Sample.stats` are those of the policy as it sampled, whoever computed them."""
+    return config.reward.judge == "policy" and config.reward.temperature in ("rollout", config.rollout.temperature)
 
 
 def own_logp(config: Config, parts: Parts, samples: Sequence[Sample]) -> list[torch.Tensor] | None:

@@ -143,8 +143,8 @@ def rollout_sums(
       `vote/no_answer_groups`: groups without a parsable answer; `vote/ties`: groups with several winners
     - `answers/unique`: mean over groups of the number of different answers
     - `response/length` (tokens), `response/truncated` (ended by the limit), `response/no_answer`: over samples
-    - `policy/entropy`: mean over tokens, nats, when the statistics are there; `policy/sampled_entropy`: its estimate
-      `-log p` from the engine's log-probabilities, when those are there
+    - `policy/entropy`: mean over tokens, nats, when the statistics are there (the policy's, the caller sees to it);
+      `policy/sampled_entropy`: its estimate `-log p` from the engine's log-probabilities, when those are there
     """
     parts = []
     for group, reward, told in zip(groups, rewards, scaled or rewards, strict=True):
