@@ -13,6 +13,7 @@ the last completed one is saved. How a run ends is in `run/endings.py`.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from .config.checks import cautions
 from .config.root import Config
 from .data.labels import uses_of
 from .distributed.exchange import any_rank, hand_over, merge_sums
@@ -37,7 +39,7 @@ from .loop.batching import (
 )
 from .loop.collapse_watch import Collapsed, CollapseWatch
 from .loop.feed import Feed
-from .loop.off_policy import compare, correction_metrics, of_the_policy, updates_per_step
+from .loop.off_policy import compare, correction_metrics, of_the_policy
 from .monitor.audit import audit_sums, merge, rates, rollout_sums, term_sums
 from .policy.batch import Row
 from .policy.optimizer import learning_rate
@@ -60,6 +62,8 @@ def main(config: Config) -> int:
     ):
         if files.finished is not None:
             return files.finished
+        for caution in cautions(config) if layout.is_main else ():
+            print(f"warning: {caution}", file=sys.stderr, flush=True)
         try:
             parts = build(config, layout, interrupted=lambda: interrupts.received is not None)
         except (RolloutFailed, Abandoned) as error:
@@ -172,7 +176,7 @@ class Trainer:
 
     def update(self, groups: list[list[Row]]) -> dict[str, float]:
         """One optimizer step for each mini-batch; metrics are means over them."""
-        per_step = updates_per_step(self.config)
+        per_step = self.config.updates_per_step
         found = []
         for k, rows in enumerate(mini_batches(self.config, self.parts.layout, groups)):
             update, steps = self.step * per_step + k, self.config.run.steps

@@ -37,6 +37,20 @@ class OptimSection(Section):
         """Steps over which the rate falls in a run of `steps`; None where it does not."""
         return None if self.schedule == "constant" else self.schedule_steps or steps
 
+    @rule("schedule", "schedule_steps", "min_lr")
+    def _falling(self) -> str | None:
+        if self.schedule == "constant" and self.schedule_steps is not None:
+            return (
+                f"schedule_steps = {self.schedule_steps} with schedule = 'constant', which has no horizon: leave it "
+                "out, or set schedule to cosine or linear"
+            )
+        if self.schedule == "constant" and self.min_lr > 0:
+            return (
+                f"min_lr = {self.min_lr} with schedule = 'constant', which never falls to it: leave it out, or set "
+                "schedule to cosine or linear"
+            )
+        return None
+
     @rule("min_lr", "lr")
     def _floor(self) -> str | None:
         return f"min_lr = {self.min_lr} is above lr = {self.lr}: it is the floor" if self.min_lr > self.lr else None

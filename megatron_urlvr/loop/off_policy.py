@@ -32,22 +32,16 @@ def prepare(config: Config, rows: Sequence[Row], samples: Sequence[Sample], own:
         if ratio_to_rollout(config):
             row.old_logp = behaviour_logp(sample)
         elif own is not None:
-            row.old_logp = own[k] if updates_per_step(config) > 1 else None
+            row.old_logp = own[k] if config.updates_per_step > 1 else None
             if section.method != "none":
                 row.correction = weights(log_ratios(own[k], behaviour_logp(sample)), section)
-
-
-def updates_per_step(config: Config) -> int:
-    """Optimizer steps taken on one step's rollouts."""
-    per_epoch = -(-config.rollout.prompts // (config.algorithm.mini_batch or config.rollout.prompts))
-    return per_epoch * config.algorithm.epochs
 
 
 def wants_own(config: Config) -> bool:
     """Whether the trainer's log-probs are needed before the first update. With one update on its own samples the
     update's forward gives them."""
     corrected = config.algorithm.correction.method != "none"
-    return corrected or (updates_per_step(config) > 1 and not ratio_to_rollout(config))
+    return corrected or (config.updates_per_step > 1 and not ratio_to_rollout(config))
 
 
 def ratio_to_rollout(config: Config) -> bool:
