@@ -112,7 +112,7 @@ class Evaluator:
                 "response": sample.text,
                 "finish": sample.finish,
                 "answer": sample.answer,
-                "reward": float(reward.total[k]),
+                "reward": float(reward.proxy[k]),
                 "correct": None if truth is None else bool(truth[k]),
             }
             for group, reward, truth in zip(groups, rewards, right, strict=True)

@@ -50,6 +50,8 @@ def base_dir(config: PretrainConfig) -> Path:
     tree = config.model_dump(mode="json")
     for name in ("name", "dir", "threads", "device"):
         tree["run"].pop(name)
+    if config.optim.schedule_steps is None:  # so that bases from before there was this setting are found again
+        tree["optim"].pop("schedule_steps")
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
     return Path(config.run.dir) / f"{config.run.name}-{digest[:12]}"
 
@@ -153,7 +155,7 @@ class Pretraining:
             total = sum(len(row.response) for row in rows)
             for row in rows:
                 row.weight = torch.full((len(row.response),), 1.0 / total)
-            lr = learning_rate(config.optim, step - 1, config.run.steps)
+            lr = learning_rate(config.optim, step - 1, steps=config.run.steps)
             metrics = self.policy.update(rows, loss, lr=lr)
             if step % 100 == 0:
                 seconds = time.perf_counter() - self.started

@@ -13,6 +13,7 @@ the last completed one is saved. How a run ends is in `run/endings.py`.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -20,7 +21,9 @@ from typing import Any
 
 import torch
 
+from .config.checks import cautions
 from .config.root import Config
+from .data.labels import uses_of
 from .distributed.exchange import any_rank, hand_over, merge_sums
 from .distributed.layout import joined, world_size_from_environment
 from .evaluate import Evaluator
@@ -36,7 +39,7 @@ from .loop.batching import (
 )
 from .loop.collapse_watch import Collapsed, CollapseWatch
 from .loop.feed import Feed
-from .loop.off_policy import compare, correction_metrics, updates_per_step
+from .loop.off_policy import compare, correction_metrics, of_the_policy
 from .monitor.audit import audit_sums, merge, rates, rollout_sums, term_sums
 from .policy.batch import Row
 from .policy.optimizer import learning_rate
@@ -59,6 +62,8 @@ def main(config: Config) -> int:
     ):
         if files.finished is not None:
             return files.finished
+        for caution in cautions(config) if layout.is_main else ():
+            print(f"warning: {caution}", file=sys.stderr, flush=True)
         try:
             parts = build(config, layout, interrupted=lambda: interrupts.received is not None)
         except (RolloutFailed, Abandoned) as error:
@@ -102,9 +107,8 @@ class Trainer:
             self.step += 1
             self.groups = []
             self.tokens += int(metrics["tokens/step"])
-            if self.evaluator.due(self.step):
-                metrics |= self.evaluate(metrics)
             metrics |= self.watch.observe(self.step, metrics)
+            metrics |= self.serve(metrics)
             self.complete(metrics | self.timings(metrics["tokens/step"], time.perf_counter() - started))
             every = self.config.checkpoint.every
             if every and self.step % every == 0:
@@ -112,17 +116,8 @@ class Trainer:
             self.watch.act()
         self.save()
 
-    def evaluate(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Held-out metrics. When no server is left for them the step counts all the same, without them."""
-        try:
-            with self.phase("eval"):
-                return self.evaluator.run(self.step)
-        except (RolloutFailed, Abandoned):
-            self.complete(metrics)
-            raise
-
     def take_step(self, step: int) -> dict[str, float]:
-        """Generate, score, reward, update, hand the new weights to the engine."""
+        """Generate, score, reward, update."""
         self.heed_signals()
         with self.phase("generate"):
             self.groups = groups = self.feed.take(step, version=self.version)
@@ -137,23 +132,41 @@ class Trainer:
         self.heed_signals()
         if not self.config.run.rollout_only:
             with self.phase("update"):
-                totals = [result.total for result in results]
-                trained, totals, selected = select_groups(self.config, self.parts, groups, totals)
-                rows = training_rows(self.config, self.parts, trained, totals)
+                trained, results, selected = select_groups(self.config, self.parts, groups, results)
+                rows = training_rows(self.config, self.parts, trained, results)
                 metrics |= selected | lesson_metrics(self.parts, trained)
                 metrics |= correction_metrics(self.config, [row for each in rows for row in each], self.parts.layout)
                 metrics |= self.update(rows)
-            with self.phase("sync"):
-                self.version += 1
-                self.push_weights()
-        return metrics | self.parts.engine_metrics(self.feed.counted())
+            self.version += 1
+        return metrics
+
+    def serve(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Hand the new weights to the engine, and evaluate them where that is due; returns the metrics of both. Where
+        servers fail in it, or a signal interrupts it, the step counts all the same, with `metrics` alone."""
+        found: dict[str, float] = {}
+        try:
+            if not self.config.run.rollout_only:
+                with self.phase("sync"):
+                    self.push_weights()
+            found |= self.parts.engine_metrics(self.feed.counted())
+            if self.evaluator.due(self.step):
+                with self.phase("eval"):
+                    found |= self.evaluator.run(self.step)
+        except (RolloutFailed, Abandoned):
+            self.complete({**metrics, **found})
+            self.watch.act()
+            raise
+        return found
 
     def observe(self, groups: list[Group], results: list[RewardResult], step: int) -> dict[str, float]:
         """Metrics of the rollouts, without labels, and the audit against them, over all replicas."""
-        totals = [result.total for result in results]
+        proxies, totals = [result.proxy for result in results], [result.total for result in results]
         correct = [self.parts.correctness(group, use="audit") for group in groups]
         tokens = float(sum(sample.length for group in groups for sample in group.samples))
-        sums = [rollout_sums(groups, totals), term_sums(groups, results), audit_sums(groups, totals, correct)]
+        sums = [rollout_sums(groups, proxies, totals), term_sums(groups, results)]
+        if not of_the_policy(self.config):
+            sums[0].pop("policy/entropy", None)  # of another temperature, or other weights
+        sums.append(audit_sums(groups, totals, correct))  # of the proxy its order counts, which small numbers lose
         if self.evaluator.due(step):
             sums.append(divergence_from_start(self.parts, groups))
         sums.append({"tokens/step": (tokens, 1.0 / self.parts.layout.dp)})
@@ -163,10 +176,11 @@ class Trainer:
 
     def update(self, groups: list[list[Row]]) -> dict[str, float]:
         """One optimizer step for each mini-batch; metrics are means over them."""
-        per_step = updates_per_step(self.config)
+        per_step = self.config.updates_per_step
         found = []
         for k, rows in enumerate(mini_batches(self.config, self.parts.layout, groups)):
-            lr = learning_rate(self.config.optim, self.step * per_step + k, self.config.run.steps * per_step)
+            update, steps = self.step * per_step + k, self.config.run.steps
+            lr = learning_rate(self.config.optim, update, steps=steps, per_step=per_step)
             found.append(self.parts.policy.update(rows, self.parts.loss, lr=lr))
             self.untouched = False
         return {name: math.fsum(each[name] for each in found) / len(found) for name in found[0]}
@@ -214,7 +228,7 @@ class Trainer:
             return
         self.step, self.version, self.tokens = state["step"], state["version"], state["tokens"]
         self.feed.load_state_dict(state["stream"])
-        uses = state["labels"][self.parts.layout.dp_rank]
+        uses = uses_of(state["labels"], self.parts.layout.dp_rank, self.parts.layout.dp)
         self.parts.labels.uses.update(uses)
         if "watch" in state:  # not in checkpoints from before there was one
             self.watch.load_state_dict(state["watch"])

@@ -87,7 +87,7 @@ class DirectLoss:
             loss = direct + penalty
             metrics |= {"loss/kl": penalty.detach(), "kl/ref": (weight * divergence).sum().detach()}
         if stats.entropy is not None:
-            metrics["policy/entropy"] = (weight * stats.entropy).sum().detach()
+            metrics["train/entropy"] = (weight * stats.entropy).sum().detach()
         return loss, metrics
 
     def finish(self, sums: Mapping[str, float]) -> dict[str, float]:

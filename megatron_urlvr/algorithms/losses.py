@@ -150,7 +150,7 @@ MEANS = frozenset(
         "policy/dual_clip_fraction",
         "policy/approx_kl",
         "policy/ratio",
-        "policy/entropy",
+        "train/entropy",
         "kl/ref",
     }
 )
@@ -213,7 +213,7 @@ class PolicyLoss:
             metrics["loss/kl"] = penalty.detach()
             per_token["kl/ref"] = divergence
         if stats.entropy is not None:
-            per_token["policy/entropy"] = stats.entropy
+            per_token["train/entropy"] = stats.entropy
         with torch.no_grad():
             metrics |= {name: (weight * values).sum() for name, values in per_token.items()}
             metrics[WEIGHT] = weight.sum()

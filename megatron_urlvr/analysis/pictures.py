@@ -34,7 +34,7 @@ class Detail:
 
 DETAILS = (
     Detail(
-        "entropy", "policy/entropy", "Policy entropy", "nats per response token", False,
+        "entropy", "policy/sampled_entropy", "Policy entropy", "nats per response token, from the sampled ones", False,
         "It falls in healthy and in collapsing runs alike.",
     ),
     Detail(

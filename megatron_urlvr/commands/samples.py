@@ -139,7 +139,7 @@ def _rewards(folder: RunDir, groups: Sequence[Group]) -> Sequence[list[float] | 
     config = load_config(folder.config)
     terms = build_terms(config.reward, advantage=config.algorithm.advantage, seed=config.run.seed)
     try:
-        return [result.total.tolist() for result in terms.score_groups(groups)]
+        return [result.proxy.tolist() for result in terms.score_groups(groups)]
     except RewardError:
         return [None] * len(groups)
 

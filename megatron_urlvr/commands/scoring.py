@@ -43,7 +43,7 @@ class Scorer:
         found: list[dict[str, Any]] = [{"rewards": {}, "order": {}, "counts": {}} for _ in groups]
         for label, reward in self.rewards.items():
             scores = reward.score_groups(groups)
-            order, counts = reward.order_groups(groups), reward.counts(groups, scores)
+            order, counts = reward.logs(groups) or scores, reward.counts(groups, scores)
             for own, score, place, count in zip(found, scores, order, counts, strict=True):
                 own["rewards"][label], own["order"][label] = score.tolist(), place.tolist()
                 own["counts"][label] = dict(count)

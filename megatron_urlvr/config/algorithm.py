@@ -219,6 +219,19 @@ class AlgorithmSection(Section):
             )
         return None
 
+    @rule("loss.name", "kl", "entropy_scaling", "advantage")
+    def _trains_on_rewards(self) -> str | None:
+        if isinstance(self.loss, RatioLoss):
+            return None
+        direct = f"loss.name = {self.loss.name!r}, which trains on no reward"
+        if self.kl.coef > 0 and self.kl.place == "reward":
+            return f"kl.coef = {self.kl.coef} and kl.place = 'reward' with {direct}: set kl.place=loss, or kl.coef=0"
+        if self.entropy_scaling:
+            return f"entropy_scaling = true with {direct}: there are no advantages to scale; leave one of the two out"
+        if self.advantage != type(self).model_fields["advantage"].default:
+            return f"advantage = {self.advantage!r} with {direct}: no advantage is made; leave one of the two out"
+        return None
+
     @field_validator("advantage")
     @classmethod
     def _known(cls, value: str) -> str:

@@ -36,6 +36,31 @@ def check(
     ]
 
 
+def cautions(config: Config) -> list[str]:
+    """What may be meant and is more likely a mistake, a sentence each."""
+    return [*_all_warm_up(config), *_replayed_as_own(config)]
+
+
+def _all_warm_up(config: Config) -> Iterator[str]:
+    warm_up, updates = config.optim.warmup_steps, config.run.steps * config.updates_per_step
+    if config.run.rollout_only or not 0 < updates <= warm_up:
+        return
+    yield (
+        f"optim.warmup_steps = {warm_up} lasts as long as the run: run.steps = {config.run.steps} makes {updates} "
+        f"optimizer steps, and optim.lr = {config.optim.lr:g} is not reached before the last, if at all."
+    )
+
+
+def _replayed_as_own(config: Config) -> Iterator[str]:
+    correction = config.algorithm.correction
+    if config.rollout.engine == "replay" and correction.old_logp == "recomputed" and correction.method == "none":
+        yield (
+            "rollout.engine = 'replay' with algorithm.correction as it is takes recorded responses for the "
+            "policy's own, with a ratio of 1 before a step's first update: set algorithm.correction.old_logp=rollout, "
+            "unless the very weights that they train have sampled them."
+        )
+
+
 def _device(config: Config, device: str) -> Iterator[str]:
     if config.run.device == "cuda" and device == "cpu":
         yield "run.device = 'cuda', but torch sees no CUDA device: set run.device=auto; `urlvr doctor` says more."
@@ -194,6 +219,18 @@ def _signals(config: Config) -> Iterator[str]:
     offered = {name: provider.provides for name, provider in made.items()}
     read = {name: provider.needs for name, provider in made.items()}
     everything = frozenset().union(STATISTICS, {ANSWER, LABEL, PERMUTED_LABEL}, SPAN_SIGNALS, *offered.values())
+    read_here = terms.needs.union(*read.values())
+    if not read_here & STATISTICS and not config.algorithm.entropy_scaling:
+        reward = config.reward
+        for setting, value, plain in (
+            ("judge", reward.judge, "policy"),
+            ("temperature", reward.temperature, "rollout"),
+        ):
+            if value != plain:
+                yield (
+                    f"reward.{setting} = {value!r} is about token statistics, and no reward of this run is made of "
+                    "any: leave it out, or choose a reward that needs them (`urlvr rewards`)."
+                )
     for sentence in missing_signals(terms, everything):
         yield f"{sentence}; name a provider of it under reward.providers."
     for label, signals in read.items():
@@ -203,7 +240,7 @@ def _signals(config: Config) -> Iterator[str]:
                 "providers: name a provider of it under reward.providers (labels are never theirs)."
             )
     for label, signals in offered.items():
-        if not signals & terms.needs.union(*read.values()):
+        if not signals & read_here:
             yield (
                 f"reward.providers.{label} provides {', '.join(sorted(signals))}, which no reward of this run needs: "
                 "leave it out, or choose a reward that reads it."

@@ -11,7 +11,11 @@ class OptimSection(Section):
     lr: float = Field(gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """What follows the warm-up: `constant`, or down to `min_lr`, which a step after the last would have."""
+    """What follows the warm-up: `constant`, or down to `min_lr`, which a step after the horizon would have."""
+    schedule_steps: int | None = Field(default=None, ge=1)
+    """Horizon of cosine and linear (Megatron-LM's lr-decay-iters), in steps as `run.steps` counts them; None:
+    `run.steps`. Later steps are taken at `min_lr`. A run keeps the horizon that it began with: give it to raise
+    `run.steps`."""
     warmup_steps: int = Field(default=0, ge=0)
     """Linear warm-up from 0, in optimizer steps."""
     min_lr: float = Field(default=0.0, ge=0)
@@ -32,6 +36,24 @@ class OptimSection(Section):
     offload: bool = False
     """Keep AdamW's float32 masters and moments in host memory, and on the device for the optimizer's step alone. Needs
     `parallel.distributed_optimizer`."""
+
+    def horizon(self, steps: int) -> int | None:
+        """Steps over which the rate falls in a run of `steps`; None where it does not."""
+        return None if self.schedule == "constant" else self.schedule_steps or steps
+
+    @rule("schedule", "schedule_steps", "min_lr")
+    def _falling(self) -> str | None:
+        if self.schedule == "constant" and self.schedule_steps is not None:
+            return (
+                f"schedule_steps = {self.schedule_steps} with schedule = 'constant', which has no horizon: leave it "
+                "out, or set schedule to cosine or linear"
+            )
+        if self.schedule == "constant" and self.min_lr > 0:
+            return (
+                f"min_lr = {self.min_lr} with schedule = 'constant', which never falls to it: leave it out, or set "
+                "schedule to cosine or linear"
+            )
+        return None
 
     @rule("min_lr", "lr")
     def _floor(self) -> str | None:

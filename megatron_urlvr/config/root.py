@@ -53,6 +53,12 @@ class Config(Section):
             or any(provider.options.get("weights") == "reference" for provider in self.reward.providers.values())
         )
 
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps taken on one step's rollouts."""
+        per_epoch = -(-self.rollout.prompts // (self.algorithm.mini_batch or self.rollout.prompts))
+        return per_epoch * self.algorithm.epochs
+
     @rule("algorithm.mini_batch", "rollout.prompts")
     def _mini_batch(self) -> str | None:
         prompts, mini_batch = self.rollout.prompts, self.algorithm.mini_batch

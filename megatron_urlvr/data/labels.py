@@ -1,6 +1,7 @@
 """Where true answers live, away from anything a reward can see; every reading is counted by its purpose."""
 
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 from .errors import DataError
 
@@ -41,3 +42,19 @@ class LabelStore:
 
     def __len__(self) -> int:
         return len(self._labels)
+
+
+def total_uses(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Readings by purpose, of all replicas together."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return dict(total)
+
+
+def uses_of(kept: Sequence[Mapping[str, int]], replica: int, replicas: int) -> dict[str, int]:
+    """What `replica` goes on counting from, given what each replica had counted. Where they were not as many as the
+    `replicas` of now, the first goes on from the total, and the others from nothing."""
+    if len(kept) == replicas:
+        return dict(kept[replica])
+    return total_uses(kept) if replica == 0 else {}

@@ -72,17 +72,17 @@ def reward_groups(parts: Parts, groups: Sequence[Group], *, use: str = "reward")
 
 
 def training_rows(
-    config: Config, parts: Parts, groups: Sequence[Group], rewards: Sequence[torch.Tensor]
+    config: Config, parts: Parts, groups: Sequence[Group], results: Sequence[RewardResult]
 ) -> list[list[Row]]:
     """The rows of each group's trained samples with their advantages, and after them those of the lessons beside it.
 
-    `rewards`: `[n_votes]` for each group. A provider's lessons have advantages of their own.
+    `results`: the rewards of all votes of each group. A provider's lessons have advantages of their own.
     """
     chosen = [_trained_votes(config, group) for group in groups]
     trained = [Group(g.prompt, [g.samples[k] for k in places]) for g, places in zip(groups, chosen, strict=True)]
     kept = torch.zeros(0, config.rollout.trained)
     if groups:
-        kept = torch.stack([reward[places] for reward, places in zip(rewards, chosen, strict=True)])
+        kept = torch.stack([result.among(places) for result, places in zip(results, chosen, strict=True)])
     rows = _rows(config, parts, trained, kept, own=own_logp(config, parts, samples_of(trained)))
     for lessons in parts.signals.lessons(groups).values():
         taught = [lesson for each in lessons for lesson in each]
@@ -168,18 +168,19 @@ def _trained_votes(config: Config, group: Group) -> list[int]:
 
 
 def select_groups(
-    config: Config, parts: Parts, groups: list[Group], rewards: list[torch.Tensor]
-) -> tuple[list[Group], list[torch.Tensor], dict[str, float]]:
+    config: Config, parts: Parts, groups: list[Group], results: list[RewardResult]
+) -> tuple[list[Group], list[RewardResult], dict[str, float]]:
     """The groups that are trained on and their rewards, under `rollout.filter`, and `filter/...`: shares of all
     sampled groups. Each replica fills its own part of the step."""
     if parts.filter is None:
-        return groups, rewards, {}
-    chosen = select(parts.filter, groups, rewards, config.rollout.prompts // parts.layout.dp)
+        return groups, results, {}
+    totals = [result.total for result in results]
+    chosen = select(parts.filter, groups, totals, config.rollout.prompts // parts.layout.dp)
     sums = {f"filter/{name}": (count, 0.0) for name, count in chosen.counts.items()}
     total = merge_sums(sums | {"groups": (float(len(groups)), 0.0)}, parts.layout)
     number = total.pop("groups")[0]
     metrics = {name: count / number for name, (count, _) in total.items()}
-    return [groups[k] for k in chosen.kept], [rewards[k] for k in chosen.kept], metrics
+    return [groups[k] for k in chosen.kept], [results[k] for k in chosen.kept], metrics
 
 
 def mini_batches(config: Config, layout: Layout, groups: Sequence[Sequence[Row]]) -> Iterator[list[Row]]:

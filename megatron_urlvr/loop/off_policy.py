@@ -32,22 +32,16 @@ def prepare(config: Config, rows: Sequence[Row], samples: Sequence[Sample], own:
         if ratio_to_rollout(config):
             row.old_logp = behaviour_logp(sample)
         elif own is not None:
-            row.old_logp = own[k] if updates_per_step(config) > 1 else None
+            row.old_logp = own[k] if config.updates_per_step > 1 else None
             if section.method != "none":
                 row.correction = weights(log_ratios(own[k], behaviour_logp(sample)), section)
-
-
-def updates_per_step(config: Config) -> int:
-    """Optimizer steps taken on one step's rollouts."""
-    per_epoch = -(-config.rollout.prompts // (config.algorithm.mini_batch or config.rollout.prompts))
-    return per_epoch * config.algorithm.epochs
 
 
 def wants_own(config: Config) -> bool:
     """Whether the trainer's log-probs are needed before the first update. With one update on its own samples the
     update's forward gives them."""
     corrected = config.algorithm.correction.method != "none"
-    return corrected or (updates_per_step(config) > 1 and not ratio_to_rollout(config))
+    return corrected or (config.updates_per_step > 1 and not ratio_to_rollout(config))
 
 
 def ratio_to_rollout(config: Config) -> bool:
@@ -75,8 +69,12 @@ def behaviour_logp(sample: Sample) -> torch.Tensor:
 
 def scored_by_trainer(config: Config) -> bool:
     """Whether `Sample.stats` are the trained policy's, at the temperature of the rollouts."""
-    here = config.reward.statistics == "trainer" and config.reward.judge == "policy"
-    return here and config.reward.temperature in ("rollout", config.rollout.temperature)
+    return config.reward.statistics == "trainer" and of_the_policy(config)
+
+
+def of_the_policy(config: Config) -> bool:
+    """Whether `Sample.stats` are those of the policy as it sampled, whoever computed them."""
+    return config.reward.judge == "policy" and config.reward.temperature in ("rollout", config.rollout.temperature)
 
 
 def own_logp(config: Config, parts: Parts, samples: Sequence[Sample]) -> list[torch.Tensor] | None:
@@ -155,7 +153,7 @@ def _rewards(config: Config, parts: Parts, groups: Sequence[Group], trainer: Map
     theirs = parts.reward.score_groups([with_stats(g, [engine(s) for s in g.samples]) for g in groups])
     ours = parts.reward.score_groups([with_stats(g, [trainer[id(s)] for s in g.samples]) for g in groups])
     difference = torch.cat(
-        [torch.zeros(0, dtype=torch.float64), *((a.total - b.total).abs() for a, b in zip(theirs, ours, strict=True))]
+        [torch.zeros(0, dtype=torch.float64), *((a.proxy - b.proxy).abs() for a, b in zip(theirs, ours, strict=True))]
     )
     count = float(len(difference))
     sums = {

@@ -131,8 +131,11 @@ def rollout_metrics(groups: Sequence[Group], rewards: Sequence[torch.Tensor]) ->
     return rates(rollout_sums(groups, rewards))
 
 
-def rollout_sums(groups: Sequence[Group], rewards: Sequence[torch.Tensor]) -> Sums:
-    """What can be said without labels. `rewards`: the proxy of each group's samples, `[n]`.
+def rollout_sums(
+    groups: Sequence[Group], rewards: Sequence[torch.Tensor], scaled: Sequence[torch.Tensor] | None = None
+) -> Sums:
+    """What can be said without labels. `rewards`: the proxy of each group's samples, `[n]`; `scaled`: what advantages
+    are made of, where it is not the proxy (`RewardResult.total`).
 
     - `reward/proxy`: mean over samples; `reward/proxy_std`: mean over groups of the deviation within a group
     - `reward/zero_variance`: groups whose samples all have the same reward, which teach nothing
@@ -140,25 +143,25 @@ def rollout_sums(groups: Sequence[Group], rewards: Sequence[torch.Tensor]) -> Su
       `vote/no_answer_groups`: groups without a parsable answer; `vote/ties`: groups with several winners
     - `answers/unique`: mean over groups of the number of different answers
     - `response/length` (tokens), `response/truncated` (ended by the limit), `response/no_answer`: over samples
-    - `policy/entropy`: mean over tokens, nats, when the statistics are there; `policy/sampled_entropy`: its estimate
-      `-log p` from the engine's log-probabilities, when those are there
+    - `policy/entropy`: mean over tokens, nats, when the statistics are there (the policy's, the caller sees to it);
+      `policy/sampled_entropy`: its estimate `-log p` from the engine's log-probabilities, when those are there
     """
     parts = []
-    for group, reward in zip(groups, rewards, strict=True):
+    for group, reward, told in zip(groups, rewards, scaled or rewards, strict=True):
         _same_length(group, reward, "rewards")
-        parts.append(_rollout_group(group, reward.detach().double()))
+        parts.append(_rollout_group(group, reward.detach().double(), told.detach().double()))
     return merge(parts)
 
 
-def _rollout_group(group: Group, reward: torch.Tensor) -> Sums:
+def _rollout_group(group: Group, reward: torch.Tensor, scaled: torch.Tensor) -> Sums:
     outcome = vote_of(group)
     samples = group.samples
     n = float(len(samples))
-    deviation = float(reward.std()) if len(samples) > 1 else 0.0
+    deviation, told = (float(each.std()) if len(samples) > 1 else 0.0 for each in (reward, scaled))
     sums: Sums = {
         "reward/proxy": (float(reward.sum()), n),
         "reward/proxy_std": (deviation, 1.0),
-        "reward/zero_variance": (float(deviation < STD_EPS), 1.0),
+        "reward/zero_variance": (float(told < STD_EPS), 1.0),
         "vote/majority_ratio": (outcome.ratio, 1.0),
         "vote/no_answer_groups": (float(outcome.winner is None), 1.0),
         "vote/ties": (float(len(outcome.tied) > 1), 1.0),

@@ -17,7 +17,7 @@ PLAIN_INTERVAL_S = 5.0
 _HEADLINES: tuple[tuple[str, re.Pattern[str], str], ...] = (
     ("proxy", re.compile(r"reward/proxy"), "{:.3g}"),
     ("accuracy", re.compile(r"eval/[^/]+/avg@\d+"), "{:.3f}"),
-    ("entropy", re.compile(r"policy/entropy"), "{:.3f}"),
+    ("entropy", re.compile(r"policy/(sampled_)?entropy"), "{:.3f}"),
     ("s/step", re.compile(r"time/step"), "{:.2f}"),
 )
 """What is shown of a step: its name here, the metric it is, its format. The first metric that matches is taken."""

@@ -34,6 +34,7 @@ from .writing import Part, plan
 
 TRAINER = "trainer.json"
 _NAME = re.compile(r"step_(\d{6,})")
+_REPLACED = re.compile(r"\.step_(\d{6,})\.replaced")
 
 T = TypeVar("T")
 
@@ -48,11 +49,14 @@ def checkpoint_name(step: int) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every checkpoint in `folder`, newest first."""
+    """(step, path) of every checkpoint in `folder`, newest first. One that was about to be replaced when its process
+    was killed counts as long as nothing has taken its place."""
     if not folder.is_dir():
         return []
-    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
-    return sorted(found, reverse=True)
+    there = [path for path in folder.iterdir() if path.is_dir()]
+    found = {int(match[1]): path for path in there if (match := _REPLACED.fullmatch(path.name))}
+    found |= {int(match[1]): path for path in there if (match := _NAME.fullmatch(path.name))}
+    return sorted(found.items(), reverse=True)
 
 
 def save(policy: Policy, folder: Path, step: int, trainer: dict[str, Any], *, keep: int) -> Path:
@@ -129,8 +133,12 @@ class Saving:
         (self._temporary / TRAINER).write_text(self._trainer)
         known = {name: entry for _, files in everyone for name, entry in files.items()}
         write_manifest(self._temporary, known, **self._manifest)
-        shutil.rmtree(self.path, ignore_errors=True)
+        replaced = self.path.with_name(f".{self.path.name}.replaced")
+        if self.path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(self.path, replaced)
         os.replace(self._temporary, self.path)
+        shutil.rmtree(replaced, ignore_errors=True)
         for _, old in list_checkpoints(self.path.parent)[self._keep :]:
             shutil.rmtree(old, ignore_errors=True)
 

@@ -21,15 +21,17 @@ class NonFiniteError(RuntimeError):
     """Loss or gradient is NaN or infinite; the optimizer has not been stepped."""
 
 
-def learning_rate(section: OptimSection, update: int, total: int) -> float:
-    """Learning rate of optimizer step `update` (from 0) of `total`: linear warm-up, then the schedule to `min_lr`,
-    which step `total` would have (as in Megatron-LM: no step is wasted at a floor of 0)."""
+def learning_rate(section: OptimSection, update: int, *, steps: int, per_step: int = 1) -> float:
+    """Learning rate of optimizer step `update` (from 0) in a run of `steps` steps of `per_step` optimizer steps each:
+    linear warm-up, then the schedule down to `min_lr`, which the first one after the horizon has (as in Megatron-LM:
+    none before it is wasted at a floor of 0)."""
     if update < section.warmup_steps:
         return section.lr * (update + 1) / section.warmup_steps
-    span = max(total - section.warmup_steps, 1)
-    done = min((update - section.warmup_steps) / span, 1.0)
-    if section.schedule == "constant":
+    horizon = section.horizon(steps)
+    if horizon is None:
         return section.lr
+    span = max(horizon * per_step - section.warmup_steps, 1)
+    done = min((update - section.warmup_steps) / span, 1.0)
     left = 1 - done if section.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return section.min_lr + (section.lr - section.min_lr) * left
 

@@ -20,11 +20,13 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from safetensors import SafetensorError
 
 from ..algorithms.losses import LossInputs
 from ..config.model import ModelSection
 from ..config.optim import OptimSection
 from ..config.parallel import ParallelSection
+from ..distributed.agreement import agreed
 from ..distributed.layout import Layout, broadcast_json
 from ..exit_codes import UnusableInput
 from ..types import TokenStats
@@ -292,12 +294,20 @@ class Policy:
             yield from self.weights.export()
 
     def save_hf(self, folder: Path, *, tokenizer_from: Path | None = None) -> None:
-        """Write the weights as a Hugging Face folder (by rank 0; collective)."""
-        if self.layout.is_main:
-            write_folder(folder, self.export(), config=self.hf, tokenizer_from=tokenizer_from or self.folder)
-        else:
-            for _ in self.export():
-                pass
+        """Write the weights as a Hugging Face folder (by rank 0; collective). UnusableInput, on every rank, when it
+        cannot be written."""
+        stream = self.export()
+        with agreed(self.layout):
+            try:
+                if self.layout.is_main:
+                    write_folder(folder, stream, config=self.hf, tokenizer_from=tokenizer_from or self.folder)
+            except (OSError, SafetensorError) as error:
+                raise UnusableInput(
+                    f"{folder} cannot be written ({error}): make room, or choose another place"
+                ) from error
+            finally:
+                for _ in stream:  # the other ranks gather the rest of it, whatever happened here
+                    pass
 
 
 def _kept(table: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:

@@ -89,12 +89,10 @@ class Reward(ABC, Generic[OptionsT]):
     """Where the formula is from."""
     Options: ClassVar[type[Section]] = NoOptions
 
-    def __init__(self, options: OptionsT | None = None, *, seed: int = 0, scale_free: bool = False) -> None:
-        """`options` may be left out when all of them have defaults. `seed` is the run's. `scale_free`: nothing that
-        uses the scores changes when those of one group are all multiplied by a positive number."""
+    def __init__(self, options: OptionsT | None = None, *, seed: int = 0) -> None:
+        """`options` may be left out when all of them have defaults. `seed` is the run's."""
         self.options = options if options is not None else cast(OptionsT, type(self).Options())
         self.seed = seed
-        self.scale_free = scale_free
 
     @abstractmethod
     def score(self, group: Group) -> torch.Tensor:
@@ -107,14 +105,14 @@ class Reward(ABC, Generic[OptionsT]):
         """`score` of each group; for rewards that are faster on many at once."""
         return [self.score(group) for group in groups]
 
-    def order_groups(self, groups: Sequence[Group]) -> list[torch.Tensor]:
-        """Numbers that order the samples of each group as their scores do, `[n]` each, and that stay apart where
-        scores round to the same: for ranking alone."""
-        return self.score_groups(groups)
+    def logs(self, groups: Sequence[Group]) -> list[torch.Tensor] | None:
+        """Natural logs of the scores of each group, `[n]` float64, from rewards whose scores may be too small for a
+        float64: advantages that depend on nothing but a group's ratios are made of them. None from all others."""
+        return None
 
     def counts(self, groups: Sequence[Group], scores: Sequence[torch.Tensor]) -> Sequence[Mapping[str, float]]:
-        """What is worth a metric in the scoring of each group, by name: shares of the group, in 0..1. `scores` are what
-        `score_groups` returned."""
+        """What is worth a metric in the scoring of each group, by name: shares of the group or its means. `scores` are
+        what `score_groups` returned."""
         return [{} for _ in groups]
 
 

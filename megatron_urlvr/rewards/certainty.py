@@ -49,8 +49,8 @@ class TokenReduction(Reward[Aggregated]):
     statistic: ClassVar[str]
     sign: ClassVar[float] = 1.0
 
-    def __init__(self, options: Aggregated | None = None, *, seed: int = 0, scale_free: bool = False) -> None:
-        super().__init__(options, seed=seed, scale_free=scale_free)
+    def __init__(self, options: Aggregated | None = None, *, seed: int = 0) -> None:
+        super().__init__(options, seed=seed)
         if self.options.span != "all":
             self.needs = type(self).needs | SPAN_SIGNALS
         if self.options.empty is not None:
@@ -120,15 +120,14 @@ class Probability(Reward[NoOptions]):
     """Probability of the whole response, not normalised by length. `[n]` float64.
 
     At .9 per token a thousand tokens have probability 1e-46, zero in float32: whole groups would lose their signal, or
-    leave it to their shortest sample. Where the scale of a group does not matter (`scale_free`), the scores are
-    `exp(s - max s)` instead of `exp(s)`, the same but for a factor common to the group; else they are float64, which
-    reaches down to 5e-324. Metrics: `underflow`, scores that are zero all the same; `underflow_float32`, those that
-    float32 would have lost.
+    leave it to their shortest sample. Scores are float64, which reaches down to 5e-324; where the scale of a group does
+    not matter, advantages are made of `exp(s - max s)` instead (`logs`). Metrics: `log`, the mean of s;
+    `underflow`, scores that are zero in float64; `underflow_float32`, those that float32 would have lost.
     """
 
     name = "probability"
     needs = frozenset({"logp"})
-    formula = "prod_t p(y_t) = exp(sum_t log p(y_t)); over the group's largest where its scale does not matter"
+    formula = "prod_t p(y_t) = exp(sum_t log p(y_t))"
     value_range = UNIT
     source = "RLSC (arXiv 2506.06395); URLVR (arXiv 2603.08660) Table 1"
 
@@ -136,21 +135,20 @@ class Probability(Reward[NoOptions]):
         return self.score_groups([group])[0]
 
     def score_groups(self, groups: Sequence[Group]) -> list[torch.Tensor]:
-        totals, _ = _sums(self, groups, "logp")
-        pieces = torch.split(totals, [len(group) for group in groups])
-        return [torch.exp(piece - piece.max() if self.scale_free and len(piece) else piece) for piece in pieces]
+        return [each.exp() for each in self.logs(groups)]
 
-    def order_groups(self, groups: Sequence[Group]) -> list[torch.Tensor]:
-        """Log-probabilities: over a thousand tokens apart, probabilities of both are zero."""
+    def logs(self, groups: Sequence[Group]) -> list[torch.Tensor]:
         totals, _ = _sums(self, groups, "logp")
         return list(torch.split(totals, [len(group) for group in groups]))
 
     def counts(self, groups: Sequence[Group], scores: Sequence[torch.Tensor]) -> Sequence[Mapping[str, float]]:
-        totals, _ = _sums(self, groups, "logp")
-        lost = torch.split((totals < FLOAT32_ZERO).double(), [len(group) for group in groups])
         return [
-            {"underflow": float((own == 0).double().mean()), "underflow_float32": float(share.mean())}
-            for own, share in zip(scores, lost, strict=True)
+            {
+                "log": float(logs.mean()),
+                "underflow": float((own == 0).double().mean()),
+                "underflow_float32": float((logs < FLOAT32_ZERO).double().mean()),
+            }
+            for own, logs in zip(scores, self.logs(groups), strict=True)
         ]
 
 

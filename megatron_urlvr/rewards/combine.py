@@ -26,6 +26,8 @@ class Term:
     weight: float
     normalize: bool
     """Standardise the scores within each group before weighting."""
+    scale_free: bool = False
+    """Nothing that is made of the scores changes when those of one group are all multiplied by a positive number."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,24 @@ class RewardResult:
     """Rewards of one group. Tensors are `[n]` float64 on the CPU, so that small probabilities stay apart."""
 
     total: torch.Tensor
+    """What advantages are made of: the proxy, scaled within the group where only ratios matter to them and its numbers
+    may be too small."""
+    proxy: torch.Tensor
+    """The weighted sum of the terms."""
     by_term: dict[str, torch.Tensor]
     """Raw scores of each term, before normalising and weighting, by label."""
     counts: dict[str, float]
     """`<label>/<what>`: shares of the group in which something happened (underflow, ties, zero variance, ...)."""
+    logs: torch.Tensor | None = None
+    """Where `total` is scaled: natural logs of the only term's scores, `[n]`."""
+
+    def among(self, places: Sequence[int]) -> torch.Tensor:
+        """`total` of the samples at `places`, `[len(places)]`; scaled among them, so that a sample that is left out
+        does not press the others below what numbers can tell apart."""
+        if self.logs is None:
+            return self.total[list(places)]
+        weight = self.total[self.logs.argmax()]
+        return weight * _relative(self.logs[list(places)])
 
 
 class Combined:
@@ -56,22 +72,43 @@ class Combined:
         if not groups:
             return []
         sizes = [len(group) for group in groups]
-        total = torch.zeros(sum(sizes), dtype=torch.float64)
+        total, proxy = torch.zeros(2, sum(sizes), dtype=torch.float64)
         by_term: dict[str, list[torch.Tensor]] = {}
         counts: list[dict[str, float]] = [{} for _ in groups]
+        logs: list[torch.Tensor] | None = None
         for term in self.terms:
             raw = term.reward.score_groups(groups)
-            scores = _checked(term, groups, raw)
-            total += term.weight * (_rowwise(standardise, scores, sizes) if term.normalize else scores)
+            scores = scaled = _checked(term, groups, raw)
+            logs = term.reward.logs(groups) if term.scale_free else None
+            if logs is not None:
+                scaled = _checked(term, groups, [_relative(each) for each in logs])
+            if term.normalize:
+                total += term.weight * (standard := _rowwise(standardise, scaled, sizes))
+                proxy += term.weight * standard
+            else:
+                total += term.weight * scaled
+                proxy += term.weight * scores
             by_term[term.label] = list(torch.split(scores, sizes))
-            flat = _rowwise(zero_variance, scores, sizes).tolist()
+            flat = _rowwise(zero_variance, scaled, sizes).tolist()
             for into, constant, more in zip(counts, flat, term.reward.counts(groups, raw), strict=True):
                 into[f"{term.label}/zero_variance"] = float(constant)
                 into.update({f"{term.label}/{name}": value for name, value in more.items()})
+        alone = len(self.terms) == 1 and not self.terms[0].normalize
         return [
-            RewardResult(piece, {label: scores[i] for label, scores in by_term.items()}, counts[i])
-            for i, piece in enumerate(torch.split(total, sizes))
+            RewardResult(
+                total=piece,
+                proxy=own,
+                by_term={label: scores[i] for label, scores in by_term.items()},
+                counts=counts[i],
+                logs=logs[i] if logs is not None and alone else None,
+            )
+            for i, (piece, own) in enumerate(zip(torch.split(total, sizes), torch.split(proxy, sizes), strict=True))
         ]
+
+
+def _relative(logs: torch.Tensor) -> torch.Tensor:
+    """`exp(logs)` over the largest, `[n]`; the largest is 1."""
+    return torch.exp(logs - logs.max()) if len(logs) else logs
 
 
 def _rowwise(function: Callable[[torch.Tensor], torch.Tensor], flat: torch.Tensor, sizes: list[int]) -> torch.Tensor:
@@ -104,15 +141,16 @@ def _checked(term: Term, groups: Sequence[Group], raw: Sequence[torch.Tensor]) -
 def build_terms(section: RewardSection, *, advantage: str, seed: int, kl_in_reward: bool = False) -> Combined:
     """The terms of `section`, whose names and options the section has checked.
 
-    `advantage` and `kl_in_reward` (a KL penalty is taken from the total) tell each reward whether the scale of its
-    scores within a group matters to anything that follows. `seed` is the run's.
+    `advantage` and `kl_in_reward` (a KL penalty is taken from the total) tell whether the scale of a term's scores
+    within a group matters to anything that follows. `seed` is the run's.
     """
     alone = len(section.terms) == 1 and get_advantage(advantage).scale_free and not kl_in_reward
     terms = []
     for label, term in section.terms.items():
         cls = get_reward(term.name)
-        reward = cls(cls.Options(**term.options), seed=seed, scale_free=term.normalize or alone)
-        terms.append(Term(label=label, reward=reward, weight=term.weight, normalize=term.normalize))
+        reward = cls(cls.Options(**term.options), seed=seed)
+        free = term.normalize or alone
+        terms.append(Term(label, reward, weight=term.weight, normalize=term.normalize, scale_free=free))
     return Combined(terms)
 
 

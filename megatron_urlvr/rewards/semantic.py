@@ -79,8 +79,8 @@ class SemanticEntropy(Reward[SemanticOptions]):
     value_range = Range(-inf, inf, "[0, 1] and no_meaning")
     source = "EMPO (arXiv 2504.05812); URLVR (arXiv 2603.08660) Table 2"
 
-    def __init__(self, options: SemanticOptions | None = None, *, seed: int = 0, scale_free: bool = False) -> None:
-        super().__init__(options, seed=seed, scale_free=scale_free)
+    def __init__(self, options: SemanticOptions | None = None, *, seed: int = 0) -> None:
+        super().__init__(options, seed=seed)
         if self.options.equivalence != "answer":
             self.needs = frozenset({CLUSTER} if self.options.equivalence == "signal" else set())
         self.value_range = UNIT.including(self.options.no_meaning)

@@ -13,6 +13,7 @@ from ..config.errors import ConfigError
 from ..config.loader import load_config
 from ..config.root import Config
 from ..exit_codes import UnusableInput
+from .changes import differences
 from .folder import RunDir, write_bytes
 from .step_lines import StepLines
 
@@ -48,9 +49,10 @@ def _is_ours(config: Config, folder: RunDir) -> bool:
     if not folder.config.exists():
         return not StepLines(folder.metrics).rows()
     try:
-        return load_config(folder.config) == config
+        refused, _ = differences(load_config(folder.config), config)
     except ConfigError:
         return False
+    return not refused
 
 
 def _checkpoint_of(parent: RunDir, step: int, given: str) -> Path:

@@ -79,8 +79,6 @@ def _preempted(trainer: Trainer) -> Ending:
     signal = trainer.interrupts.received or "a signal on another rank"
     if trainer.completed is None:
         reason = f"{signal} before step 0 was complete; the same command starts again"
-    elif not trainer.untouched:
-        reason = f"{signal} while weights were handed over; the same command resumes from the last checkpoint"
     else:
         trainer.save()
         reason = f"{signal}; saved after step {trainer.completed['step']}, from where the same command resumes"
@@ -100,11 +98,9 @@ def _no_servers(trainer: Trainer, error: RolloutFailed) -> Ending:
     reason = str(error)
     if trainer.completed is None:
         reason += "; nothing was trained yet, and the same command starts again"
-    elif trainer.untouched:
+    else:
         trainer.save()
         reason += f"; saved after step {trainer.step}, from where the same command resumes"
-    else:
-        reason += "; the same command resumes from the last checkpoint"
     return Ending("failed", ExitCode.NO_SERVERS, reason)
 
 

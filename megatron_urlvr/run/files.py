@@ -11,9 +11,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..analysis.runs import flatten
 from ..config.loader import load_config
 from ..config.root import Config
+from ..data.labels import total_uses
 from ..distributed.exchange import gather_from_leaders
 from ..distributed.layout import Layout, broadcast_json
 from ..exit_codes import ExitCode, UnusableInput
@@ -24,25 +24,10 @@ from ..rollout.ledger import Ledger
 from ..rollout.records import group_to_record, write_records
 from ..types import Group
 from .branching import branch
+from .changes import HORIZON, differences
 from .folder import RunDir, State, write_json, write_text
 from .step_lines import StepLines
 
-CHANGEABLE = (
-    "run.steps",
-    "run.resume",
-    "run.threads",
-    "run.name",
-    "run.dir",
-    "monitor.",
-    "checkpoint.",
-    "eval.every",
-    "rollout.engine",
-    "rollout.replay_from",
-    "rollout.record",
-    "servers.",
-)
-"""Settings that may differ between a run and its continuation: they decide how long it goes on, what it writes, and
-whether responses are sampled or read from records."""
 MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
 
 
@@ -54,6 +39,8 @@ class RunFiles:
         self.writers = Writers([])
         self.finished: int | None = None
         """The folder holds this very run, and it has come to its end, with this exit code."""
+        self._changed: list[str] = []
+        """On the first rank, settings that the run began with otherwise, as `key: old -> new`."""
         self.ledger: Ledger | None = None
         """On replica leaders, where finished groups cost too much to be generated again."""
         if config.rollout.engine == "sglang" and layout.is_leader:
@@ -105,10 +92,12 @@ class RunFiles:
                 f"run.dir = {folder.path} holds metrics or checkpoints, but no config.yaml that says of which run;"
                 " choose another run.dir, or remove the folder to start over"
             )
-        if changed := _differences(load_config(folder.config), self.config):
+        before = load_config(folder.config)
+        refused, self._changed = differences(before, self.config)
+        if refused:
             raise UnusableInput(
-                f"run.dir = {folder.path} holds a run with other settings ({'; '.join(changed)}); choose"
-                " another run.dir, or remove the folder to start over"
+                f"run.dir = {folder.path} holds a run with other settings ({'; '.join(refused)}); choose"
+                f" another run.dir, or remove the folder to start over{_keeping_the_schedule(before, refused)}"
             )
         if self.config.run.resume == "never":
             raise UnusableInput(
@@ -168,9 +157,11 @@ class RunFiles:
             shutil.rmtree(folder.ledger, ignore_errors=True)
         if path is not None:
             print(f"resumed after step {step} from {path} ({dropped} later rows of metrics dropped)", flush=True)
+        if self._changed:
+            print(f"it goes on with other settings: {'; '.join(self._changed)}", flush=True)
         folder.clear_done()
         folder.write_config(self.config)
-        folder.write_provenance(hashes)
+        folder.write_provenance(hashes, self._changed)
         folder.write_status("running", max(step, 0))
         self.writers = build_writers(
             folder.path, self.config.monitor, config=self.config.model_dump(mode="json"), console=True
@@ -255,10 +246,7 @@ class RunFiles:
 
     def write_labels(self, supervised: bool, uses: Mapping[str, int]) -> None:
         """Every use of labels, over all replicas."""
-        total: dict[str, int] = {}
-        for part in gather_from_leaders(dict(uses), self.layout):
-            for use, count in part.items():
-                total[use] = total.get(use, 0) + count
+        total = total_uses(gather_from_leaders(dict(uses), self.layout))
         if self.layout.is_main:
             write_json(self.folder.labels, {"supervised": supervised, "uses": dict(sorted(total.items()))})
 
@@ -285,11 +273,15 @@ class RunFiles:
             print(f"closing the metrics of {self.folder.path}: {error}", file=sys.stderr, flush=True)
 
 
-def _differences(before: Config, now: Config) -> list[str]:
-    """Settings that a continuation may not change, as `key: old -> new`."""
-    old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
-    keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k) and not k.startswith(CHANGEABLE))
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys]
+def _keeping_the_schedule(before: Config, refused: Sequence[str]) -> str:
+    """What else is to be said where the schedule's horizon is all that is `refused`."""
+    kept = before.optim.horizon(before.run.steps)
+    if kept is None or [change.partition(":")[0] for change in refused] != [HORIZON]:
+        return ""
+    return (
+        f". The schedule {before.optim.schedule} began with a horizon of {kept} steps: {HORIZON}={kept} keeps it, and"
+        " steps after it are taken at optim.min_lr"
+    )
 
 
 def _changed_inputs(folder: RunDir, hashes: Mapping[str, str]) -> str:

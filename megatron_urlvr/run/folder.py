@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -189,11 +189,13 @@ class RunDir:
 
         write_text(self.config, to_yaml(config))
 
-    def write_provenance(self, hashes: Mapping[str, str]) -> None:
-        """Replace `provenance.json`; what it said of earlier launches of this run moves to its list `earlier`."""
+    def write_provenance(self, hashes: Mapping[str, str], changed: Sequence[str] = ()) -> None:
+        """Replace `provenance.json`; what it said of earlier launches of this run moves to its list `earlier`.
+        `changed`: settings that are others than the launch's before, as `key: old -> new`."""
         before = self.read_provenance()
         earlier = [*before.pop("earlier", []), before] if before else []
-        write_json(self.provenance, {"launched": _now(), **provenance(hashes), "earlier": earlier})
+        launch = {"launched": _now(), **provenance(hashes), "changed": list(changed)}
+        write_json(self.provenance, {**launch, "earlier": earlier})
 
     def read_provenance(self) -> dict[str, Any]:
         """What `provenance.json` says; empty when there is none. UnusableInput for a damaged one."""

@@ -32,7 +32,7 @@ def refused(urlvr: Command, config: Path, tmp_path: Path):
 
 def test_unknown_keys_and_wrong_types_are_listed_together(refused):
     said = refused("optim.learning_rate=0.1", "rollout.prompts=many", "run.steps=-3", "reward.terms.main.name=entropy")
-    assert "5 violations" in said or "4 violations" in said
+    assert ": 4 violations." in said
     assert "optim.learning_rate = 0.1: no such setting" in said
     assert "rollout.prompts = 'many'" in said
     assert "run.steps = -3" in said

@@ -20,6 +20,8 @@ from megatron_urlvr import train
 from megatron_urlvr.loop import batching
 from megatron_urlvr.policy import checkpoint
 from megatron_urlvr.policy.integrity import FORMAT, sha256, verify
+from megatron_urlvr.rollout.embedded import EmbeddedEngine
+from megatron_urlvr.rollout.faults import Abandoned, RolloutFailed
 from megatron_urlvr.rollout.records import group_from_record, read_records
 from megatron_urlvr.run import files as run_files
 
@@ -75,6 +77,11 @@ def test_the_kept_batch_is_replayed_in_its_place(urlvr, config, tmp_path, nan_ad
     with nan_advantages(4):
         assert urlvr("train", config, "checkpoint.every=0").code == 4
     replay = ["rollout.engine=replay", f"rollout.replay_from={run}", "eval.every=0", "checkpoint.every=0"]
+    with nan_advantages(1):  # what is wrong with this batch still is: its update is the first that is taken
+        outcome = urlvr("train", config, *replay, "run.steps=4")
+    assert outcome.code == 4
+    assert "step 4: the loss is nan" in outcome.err
+    assert (status(run)["step"], checkpoints(run)) == (3, ["step_000003"])
     outcome = urlvr("train", config, *replay, "run.steps=4")
     assert outcome.code == 0
     assert "resumed after step 3" in outcome.out
@@ -83,10 +90,14 @@ def test_the_kept_batch_is_replayed_in_its_place(urlvr, config, tmp_path, nan_ad
     assert rows(run)[-1]["response/length"] == sum(lengths) / 16
 
 
-def test_a_nan_after_the_first_of_several_updates_keeps_the_checkpoint_before(urlvr, config, tmp_path, nan_advantages):
+def test_a_nan_after_the_first_of_several_updates_keeps_the_checkpoint_before(
+    urlvr, config, tmp_path, monkeypatch, nan_advantages
+):
+    """Also one that was still being written: nothing newer can be saved."""
+    monkeypatch.setattr(checkpoint.Saving, "written", lambda self: False)
     run = tmp_path / "run"
     with nan_advantages(6):
-        outcome = urlvr("train", config, "algorithm.mini_batch=2")
+        outcome = urlvr("train", config, "algorithm.mini_batch=2", "checkpoint.background=true")
     assert outcome.code == 4
     assert "step 3: the loss is nan; its batch is kept in" in outcome.err
     assert checkpoints(run) == ["step_000002"]
@@ -105,6 +116,41 @@ def test_a_weight_that_is_not_a_number_is_met_in_the_reward(urlvr, config, base,
     outcome = urlvr("train", config, f"model.path={poisoned}", f"run.dir={tmp_path}/evaluated")
     assert outcome.code == 4  # already in the samples of step 0's evaluation
     assert status(tmp_path / "evaluated")["step"] == 0
+
+
+# -- weights that do not arrive ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "told"),
+    [
+        (RolloutFailed("no rollout server for 9 s"), 5, "failed: no rollout server for 9 s; saved after step 4"),
+        (Abandoned("a signal"), 75, "preempted: a signal on another rank; saved after step 4"),
+    ],
+)
+def test_a_step_whose_weights_are_not_taken_counts_and_is_saved(
+    urlvr, config, whole, tmp_path, monkeypatch, fault, code, told
+):
+    """The optimizer has stepped, and what failed is the engine's: steps and weights go on as if nothing had been."""
+    run, settings = tmp_path / "run", ["checkpoint.background=true"]
+    update = EmbeddedEngine.update
+
+    def fails(self, weights):
+        if self._pending == 4:
+            next(iter(weights))
+            raise fault
+        update(self, weights)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddedEngine, "update", fails)
+        outcome = urlvr("train", config, *settings)
+    assert outcome.code == code
+    assert told in outcome.err
+    assert (status(run)["step"], rows(run)[-1]) == (4, rows(whole)[4])
+    assert checkpoints(run) == ["step_000002", "step_000004"]
+
+    assert urlvr("train", config, *settings).code == 0
+    assert_same_run(run, whole, step=6)
 
 
 # -- checkpoints that are damaged -------------------------------------------------------------------------------------

@@ -173,11 +173,27 @@ def run_of_two(urlvr: Command, config: Path, tmp_path: Path) -> Path:
 
 def test_a_changed_setting_is_refused_by_name_and_nothing_is_lost(urlvr, config, run_of_two):
     before = {path: path.read_bytes() for path in run_of_two.rglob("*") if path.is_file() and path.name != ".lock"}
-    outcome = urlvr("train", config, "optim.lr=0.5", "reward.terms.main.name=random")
+    outcome = urlvr(
+        "train", config, "optim.lr=0.5", "reward.terms.main.name=random", "parallel.distributed_optimizer=false"
+    )
     assert outcome.code == 2
+    assert "parallel.distributed_optimizer: True -> False" in outcome.err
     assert "optim.lr: 0.001 -> 0.5" in outcome.err
     assert "reward.terms.main.name: trajectory_entropy -> random" in outcome.err
     assert before == {path: path.read_bytes() for path in before}
+
+
+def test_raising_the_steps_of_a_falling_rate_needs_the_horizon_it_began_with(urlvr, config, tmp_path):
+    falling = ["optim.schedule=linear", "optim.min_lr=1.0e-4", "eval.every=0"]
+    assert urlvr("train", config, *falling, "run.steps=2").code == 0
+    outcome = urlvr("train", config, *falling, "run.steps=3")
+    assert outcome.code == 2
+    assert "optim.schedule_steps: 2 -> 3" in outcome.err
+    assert "began with a horizon of 2 steps: optim.schedule_steps=2 keeps it, and steps after it are taken at" in (
+        outcome.err
+    )
+    assert urlvr("train", config, *falling, "run.steps=3", "optim.schedule_steps=2").code == 0
+    assert [row.get("train/lr") for row in rows(tmp_path / "run")] == [None, 1e-3, pytest.approx(5.5e-4), 1e-4]
 
 
 def test_a_base_that_is_no_longer_what_it_was_is_refused(urlvr, config, run_of_two, base, tmp_path):

@@ -92,26 +92,6 @@ def test_a_signal_waits_for_what_is_being_written(urlvr, config, whole, tmp_path
     assert_same_run(run, whole, step=6)
 
 
-def test_a_signal_where_nothing_can_be_saved_leaves_what_was_being_written(
-    urlvr, config, whole, tmp_path, monkeypatch, slow_writer
-):
-    """The weights have moved on already: the last checkpoint is what the run goes on from, and it must be there."""
-    push = Trainer.push_weights
-    with monkeypatch.context() as patch:
-
-        def signalled(self):
-            if self.version == 3:
-                send(signal.SIGTERM)()
-                self.heed_signals()
-            push(self)
-
-        patch.setattr(Trainer, "push_weights", signalled)
-        outcome = urlvr("train", config, BACKGROUND)
-    assert outcome.code == 75
-    assert "while weights were handed over; the same command resumes from the last checkpoint" in outcome.err
-    assert checkpoints(tmp_path / "run") == ["step_000002"]
-
-
 def test_a_disk_that_is_full_is_told_as_if_the_run_had_waited(urlvr, config, whole, tmp_path, monkeypatch):
     run, write = tmp_path / "run", writing._write_item
 

@@ -279,16 +279,24 @@ def test_a_divergence_taken_from_the_reward_changes_the_second_step_and_not_the_
 def test_the_rewards_temperature_is_its_own(train):
     certainty = reward("token_entropy")
     cold, as_sampled = train(certainty, "reward.temperature=0.5"), train(certainty)
-    for name in ("response/length", "policy/entropy"):
+    for name in ("response/length", "train/entropy"):
         assert cold[0][name] == as_sampled[0][name]
+    assert "policy/entropy" not in cold[0]
     assert as_sampled[0]["reward/proxy"] < cold[0]["reward/proxy"] < 0
     assert train(certainty, "reward.temperature=1.0") == as_sampled
 
 
+def test_the_entropy_of_all_votes_is_told_apart_from_that_of_the_trained_ones(train):
+    all_trained, two = train(reward("token_entropy"))[0], train(reward("token_entropy"), "rollout.n_train=2")[0]
+    assert all_trained["train/entropy"] == pytest.approx(all_trained["policy/entropy"], rel=1e-4)
+    assert two["policy/entropy"] == all_trained["policy/entropy"]
+    assert two["train/entropy"] != pytest.approx(two["policy/entropy"], rel=1e-3)
+
+
 def test_the_rollouts_temperature_moves_sampling_statistics_and_ratio_together(train):
     hot = train("rollout.temperature=1.5")
-    assert hot[0]["policy/entropy"] > train()[0]["policy/entropy"]
-    assert hot[0]["policy/sampled_entropy"] == pytest.approx(hot[0]["policy/entropy"], rel=0.3)
+    assert hot[0]["train/entropy"] > train()[0]["train/entropy"]
+    assert hot[0]["policy/sampled_entropy"] == pytest.approx(hot[0]["train/entropy"], rel=0.3)
     assert hot[0]["policy/ratio"] == 1.0
 
 

@@ -81,6 +81,13 @@ WAYS = {
 }
 
 
+def served_step(trainer: Trainer, step: int) -> dict[str, float]:
+    """A step with the weights that it left handed over."""
+    metrics = trainer.take_step(step)
+    trainer.push_weights()
+    return metrics | trainer.parts.engine_metrics({})
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_log_probs_are_the_policys_before_and_after_three_steps(served: Served, tmp_path: Path, way: str) -> None:
     config = config_for(served, tmp_path, *SMALL, *WAYS[way], "servers.verify=true", "optim.lr=0.01")
@@ -91,7 +98,7 @@ def test_log_probs_are_the_policys_before_and_after_three_steps(served: Served, 
         prompts, sampling = parts.train.prompts[:4], Sampling(8, 16)
         assert differences(trainer, parts.generate(prompts, sampling))["logp"] < TOLERANCE
         for step in (1, 2, 3):
-            metrics = trainer.take_step(step)
+            metrics = served_step(trainer, step)
             assert metrics["rollout/faults"] == 0
             assert metrics["sync/servers"] == metrics["sync/verified"] == 1
             assert metrics["mismatch/logp_max_diff"] < TOLERANCE
@@ -115,7 +122,7 @@ def test_statistics_of_the_plug_in_are_the_policys_and_save_the_scoring_pass(
 
         monkeypatch.setattr(trainer.parts.policy, "score", counted)
         for step in (1, 2):
-            metrics = trainer.take_step(step)
+            metrics = served_step(trainer, step)
             assert metrics["rollout/stats_max_diff"] < TOLERANCE
             assert metrics["rollout/stats_alarm"] == 0
             assert metrics["mismatch/reward_max_diff"] < TOLERANCE
@@ -171,7 +178,7 @@ def test_of_two_servers_one_is_killed_in_mid_rollout_and_comes_back(served: Serv
                 os.kill(first["pid"], signal.SIGKILL)
 
         engine.pool.good = kill_after_some
-        metrics = trainer.take_step(1)
+        metrics = served_step(trainer, 1)
         engine.pool.good = good
         assert metrics["rollout/faults/connection"] > 0
         assert math.isfinite(metrics["train/loss"])

@@ -18,6 +18,7 @@ from megatron_urlvr.config.parallel import ParallelSection
 from megatron_urlvr.config.root import Config
 from megatron_urlvr.distributed.exchange import my_share
 from megatron_urlvr.distributed.layout import Layout, gather_json, joined
+from megatron_urlvr.exit_codes import UnusableInput
 from megatron_urlvr.policy import checkpoint
 from megatron_urlvr.policy.batch import Row
 from megatron_urlvr.policy.policy import Policy
@@ -52,6 +53,7 @@ def _check_checkpoint(config: Config, layout: Layout, folder: Path) -> None:
     if policy.dtype == torch.float32:
         for rank in range(layout.world_size):
             _check_full_disk(policy, folder, rank)
+        _check_full_disk_of_export(policy, folder.parent)
     torch.manual_seed(99)
     for other in (make(), policy):
         assert checkpoint.newest_intact(other, folder) == (path, [])
@@ -80,6 +82,18 @@ def _check_full_disk(policy: Policy, folder: Path, rank: int) -> None:
     assert told.endswith("checkpoints written before it are intact"), told
     if policy.layout.is_main:
         assert [path.name for path in folder.iterdir()] == ["step_000003"]
+
+
+def _check_full_disk_of_export(policy: Policy, folder: Path) -> None:
+    """The first rank, which writes, has no space; every rank is told, and none waits for it in a gather."""
+    told = ""
+    with files_of_at_most(100 if policy.layout.is_main else NO_LIMIT):
+        try:
+            policy.save_hf(folder / "exported")
+        except UnusableInput as error:
+            told = str(error)
+    assert told.startswith(f"{folder}/exported cannot be written ("), told
+    assert len(list(policy.export())) > 0
 
 
 CHAIN: Mapping[str, dict[str, Any]] = {

@@ -33,6 +33,7 @@ from megatron_urlvr.loop.batching import mini_batches, reward_groups, score_grou
 from megatron_urlvr.policy.batch import Row, plan_microbatches
 from megatron_urlvr.policy.policy import Policy
 from megatron_urlvr.rewards.base import ANSWER, LABEL
+from megatron_urlvr.rewards.combine import RewardResult
 from megatron_urlvr.rewards.judge import judge_text
 from megatron_urlvr.rewards.registry import available, get_reward
 from megatron_urlvr.rollout.records import group_to_record, write_records
@@ -258,8 +259,8 @@ def observe(config: Config) -> Observed:
         prompts = my_share(parts.stream.next(PROMPTS), layout)
         groups = parts.generate(prompts, Sampling(VOTES, LONGEST, config.rollout.temperature))
         _observe_scores(config, parts, groups, seen)
-        totals = _observe_rewards(config, parts, groups, seen)
-        _observe_updates(config, parts, training_rows(config, parts, groups, totals), groups, seen)
+        results = _observe_rewards(config, parts, groups, seen)
+        _observe_updates(config, parts, training_rows(config, parts, groups, results), groups, seen)
         return seen
 
 
@@ -273,7 +274,7 @@ def _observe_scores(config: Config, parts: Parts, groups: Sequence[Group], seen:
         seen.reference_stats[group.prompt.id] = torch.cat([next(other).get("logp") for _ in group.samples])
 
 
-def _observe_rewards(config: Config, parts: Parts, groups: Sequence[Group], seen: Observed) -> list[torch.Tensor]:
+def _observe_rewards(config: Config, parts: Parts, groups: Sequence[Group], seen: Observed) -> list[RewardResult]:
     score_groups(config, parts, groups)
     results = reward_groups(parts, groups)
     for group, result in zip(groups, results, strict=True):
@@ -281,7 +282,7 @@ def _observe_rewards(config: Config, parts: Parts, groups: Sequence[Group], seen
         seen.advantages[group.prompt.id] = {
             name: get_advantage(name)(result.total[None])[0] for name in ("grpo", "dr_grpo", "rloo")
         }
-    return [result.total for result in results]
+    return results
 
 
 def _observe_updates(

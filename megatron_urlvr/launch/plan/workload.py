@@ -79,12 +79,12 @@ class Workload:
 
 def workload_of(config: Config, assumptions: Assumptions, lessons: Sequence[Lessons] = ()) -> Workload:
     """The work of one training step under `config`; `lessons` are those of its providers."""
-    from ...loop.off_policy import scored_by_trainer, updates_per_step, wants_own
+    from ...loop.off_policy import scored_by_trainer, wants_own
     from ...rewards import build_terms
 
     rollout, kl = config.rollout, config.algorithm.kl
     terms = build_terms(config.reward, advantage=config.algorithm.advantage, seed=config.run.seed)
-    updates = 0 if config.run.rollout_only else updates_per_step(config)
+    updates = 0 if config.run.rollout_only else config.updates_per_step
     wanted = terms.needs & STATISTICS if config.reward.statistics == "trainer" else frozenset[str]()
     if config.algorithm.entropy_scaling:
         wanted |= {"entropy"}

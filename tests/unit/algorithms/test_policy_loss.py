@@ -166,7 +166,7 @@ def test_metrics_are_means_whatever_the_aggregation(aggregation):
     assert metrics["policy/ratio"] == pytest.approx(mean(ratios), rel=1e-5)
     assert metrics["policy/approx_kl"] == pytest.approx(mean([r - 1 - math.log(r) for r in ratios]), rel=1e-5)
     assert metrics["kl/ref"] == pytest.approx(mean([math.exp(-d) - 1 + d for d in diffs]), rel=1e-5)
-    assert metrics["policy/entropy"] == pytest.approx(mean([abs(x) for x in batch.flat(batch.logp)]), rel=1e-5)
+    assert metrics["train/entropy"] == pytest.approx(mean([abs(x) for x in batch.flat(batch.logp)]), rel=1e-5)
     assert any(cut)
     assert any(dual)
 

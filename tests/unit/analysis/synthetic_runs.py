@@ -78,7 +78,7 @@ def make_run(
             mix = lambda key: form[key][0] + (form[key][1] - form[key][0]) * share  # noqa: E731, B023
             row |= {
                 "reward/proxy": mix("proxy") + rng.normal(0, 0.03),
-                "policy/entropy": max(0.0, mix("entropy") + rng.normal(0, 0.01)),
+                "policy/sampled_entropy": max(0.0, mix("entropy") + rng.normal(0, 0.01)),
                 "response/length": mix("length") + rng.normal(0, 0.1),
                 "answers/across_prompts": mix("alike") + rng.normal(0, 0.005),
                 "response/no_answer": 0.02,

@@ -68,8 +68,12 @@ def test_plain_rules_stop_where_they_say(runs: Path):
     rows = load_run(runs / "dies0").rows
     assert fixed_step(30)(rows) == 30
     assert fixed_step(100)(rows) is None  # that is the end anyway
-    below = [row["step"] for row in rows if row.get("policy/entropy") is not None and row["policy/entropy"] <= 0.3]
-    assert threshold("policy/entropy", 0.3, below=True)(rows) == below[0] - 1
+    below = [
+        row["step"]
+        for row in rows
+        if row.get("policy/sampled_entropy") is not None and row["policy/sampled_entropy"] <= 0.3
+    ]
+    assert threshold("policy/sampled_entropy", 0.3, below=True)(rows) == below[0] - 1
     assert threshold("vote/majority_ratio", 2.0, below=False)(rows) is None
 
 

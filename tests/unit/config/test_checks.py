@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_urlvr.config.checks import check
+from megatron_urlvr.config.checks import cautions, check
 from megatron_urlvr.config.loader import load_config
 from megatron_urlvr.rewards import get_reward
 
@@ -148,3 +148,33 @@ def test_a_reward_whose_signal_nothing_provides_is_refused(found, monkeypatch):
     monkeypatch.setattr(get_reward("majority_vote"), "needs", frozenset({"judge"}))
     (sentence,) = found("reward.terms.main.name=majority_vote")
     assert "'majority_vote' (reward.terms.main) needs the signal 'judge', which nothing in this run" in sentence
+
+
+def test_whose_statistics_is_no_setting_of_a_reward_that_is_made_of_none(found):
+    votes = "reward.terms.main.name=majority_vote"
+    assert found(votes) == []
+    (sentence,) = found(votes, "reward.judge=reference")
+    assert "reward.judge = 'reference' is about token statistics, and no reward of this run is made of any" in sentence
+    (sentence,) = found(votes, "reward.temperature=0.7")
+    assert "reward.temperature = 0.7 is about token statistics" in sentence
+    certain = ["reward.terms.main.name=rent", "reward.judge=reference", "reward.temperature=0.7"]
+    assert found(*certain) == []
+    assert found(votes, "reward.temperature=0.7", "algorithm.entropy_scaling=true") == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["optim.warmup_steps=19"], None),
+        (["optim.warmup_steps=20"], "lasts as long as the run: run.steps = 10 makes 20 optimizer steps"),
+        (["optim.warmup_steps=20", "run.steps=0"], None),
+        (
+            ["rollout={engine: replay, replay_from: x}", "algorithm.epochs=2"],
+            "takes recorded responses for the policy's",
+        ),
+        (["rollout={engine: replay, replay_from: x}", "algorithm.correction.old_logp=rollout"], None),
+    ],
+)
+def test_what_is_more_likely_a_mistake_is_told_and_not_refused(write, overrides, said):
+    found = cautions(load_config(write(), ["run.steps=10", "algorithm.mini_batch=4", *overrides]))
+    assert (len(found) == 1 and said in found[0]) if said else not found

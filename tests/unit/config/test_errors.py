@@ -118,6 +118,7 @@ def test_a_broken_rule_of_a_set_does_not_make_the_set_disappear(write, violation
 
 TURNS = "servers={colocated: true, transport: disk}"
 ROUTER = "servers.pools.policy.router='http://127.0.0.1:1'"
+DIRECT = "algorithm.loss.name=em_ft"
 OLD = "algorithm.correction.old_logp=rollout"
 
 
@@ -152,7 +153,18 @@ VOTED = [
         (["servers.colocated=true", "rollout.engine=sglang"], "NCCL refuses two processes on one GPU"),
         ([TURNS, "rollout.engine=sglang", "servers.pause=in_place"], "servers drop their cache when they sleep"),
         ([TURNS, "rollout.engine=sglang", ROUTER], "a router does not know that servers sleep"),
-        (["optim.min_lr=1"], "min_lr = 1.0 is above lr = 0.001"),
+        (["optim={min_lr: 1, schedule: linear}"], "min_lr = 1.0 is above lr = 0.001"),
+        (["optim.min_lr=1e-5"], "min_lr = 1e-05 with schedule = 'constant', which never falls to it"),
+        (["optim.schedule_steps=5"], "schedule_steps = 5 with schedule = 'constant', which has no horizon"),
+        (
+            [DIRECT, "algorithm.kl={coef: 0.1, place: reward}"],
+            "kl.coef = 0.1 and kl.place = 'reward' with loss.name = ",
+        ),
+        ([DIRECT, "algorithm.entropy_scaling=true"], "entropy_scaling = true with loss.name = 'em_ft'"),
+        (
+            [DIRECT, "algorithm.advantage=rloo"],
+            "advantage = 'rloo' with loss.name = 'em_ft', which trains on no reward",
+        ),
         (["eval.every=5"], "there are no sets to evaluate"),
         (["eval.sets.h={path: x, label_field: null}"], "an evaluation set needs labels"),
         (["data.train={path: x, plain_template: q}"], "must contain the placeholder {prompt}"),

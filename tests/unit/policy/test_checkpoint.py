@@ -392,3 +392,26 @@ def test_what_a_broken_off_save_left_behind_is_overwritten(make, copies: Path):
     checkpoint.save(policy, copies, 3, TRAINER, keep=5)
     assert not left.exists()
     assert checkpoint.load(policy, copies / "step_000003") == TRAINER
+
+
+def test_a_process_killed_while_it_replaces_its_only_checkpoint_leaves_one(make, tmp_path: Path, monkeypatch):
+    policy, there = make(), tmp_path / "step_000001"
+    checkpoint.save(policy, tmp_path, 1, {"life": 1}, keep=1)
+    replace = os.replace
+
+    def killed(source, target):
+        if Path(target) == there:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(policy, tmp_path, 1, {"life": 2}, keep=1)
+    path, problems = checkpoint.newest_intact(policy, tmp_path)
+    assert (path is None, problems) == (False, [])
+    assert checkpoint.load(policy, path) == {"life": 1}
+
+    checkpoint.save(policy, tmp_path, 1, {"life": 3}, keep=1)
+    assert [found.name for found in tmp_path.iterdir()] == [there.name]
+    assert checkpoint.load(policy, there) == {"life": 3}

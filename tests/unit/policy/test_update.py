@@ -109,7 +109,7 @@ def test_metrics_are_weighted_means_over_all_tokens(make_policy, folders):
     advantage = torch.cat([torch.full((len(row.response),), row.advantage) for row in rows])
     cut = ((advantage > 0) & (ratio > 1.28)) | ((advantage < 0) & (ratio < 0.8))
     assert metrics["policy/ratio"] == pytest.approx(float(ratio.mean()), rel=1e-5)
-    assert metrics["policy/entropy"] == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-5)
+    assert metrics["train/entropy"] == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-5)
     assert metrics["policy/clip_fraction"] == pytest.approx(float(cut.double().mean()), abs=1e-6)
 
 

@@ -9,6 +9,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from megatron_urlvr.algorithms.advantages import get_advantage, grpo
 from megatron_urlvr.config.reward import RewardSection
+from megatron_urlvr.monitor.audit import rates, rollout_sums, term_sums
 from megatron_urlvr.rewards import MissingSignalError, NonFiniteScoreError, build_terms, get_reward
 from megatron_urlvr.types import TokenStats
 
@@ -198,18 +199,47 @@ class TestProbability:
         assert result.counts["main/underflow_float32"] == float(torch.tensor(scale).exp() == 0)
 
     def test_it_is_shifted_only_where_a_groups_scale_is_lost_anyway(self, make_group):
-        group = make_group(logp=[[-2.0], [-3.0]])
+        group = make_group(logp=[[-2.0], [-3.0]], classes=[0, 0])
         raw = torch.tensor([-2.0, -3.0], dtype=torch.float64).exp()
 
         def scores(terms, **kwargs):
-            return build_terms(RewardSection(terms=terms), seed=0, **kwargs).score(group).by_term["main"]
+            return build_terms(RewardSection(terms=terms), seed=0, **kwargs).score(group).total
 
         alone = {"main": {"name": "probability"}}
-        mixed = {**alone, "other": {"name": "random"}}
-        normalised = {"main": {"name": "probability", "normalize": True}, "other": {"name": "random"}}
+        mixed = {**alone, "other": {"name": "format"}}
         torch.testing.assert_close(scores(alone, advantage="grpo"), raw / raw.max())
-        torch.testing.assert_close(scores(normalised, advantage="rloo"), raw / raw.max())
         torch.testing.assert_close(scores(alone, advantage="rloo"), raw)
-        torch.testing.assert_close(scores(mixed, advantage="grpo"), raw)
+        torch.testing.assert_close(scores(mixed, advantage="grpo") - scores(mixed, advantage="rloo"), 0 * raw)
         torch.testing.assert_close(scores(alone, advantage="grpo", kl_in_reward=True), raw)
         assert get_advantage("grpo").scale_free
+
+    def test_a_normalised_term_keeps_its_signal_beside_others(self, make_group):
+        group = make_group(logp=[[-200.0], [-201.0], [-203.0]], classes=[0, 0, 0])
+        terms = {"main": {"name": "probability", "normalize": True, "weight": -2.0}, "other": {"name": "format"}}
+        result = build_terms(RewardSection(terms=terms), advantage="rloo", seed=0).score(group)
+        own = result.total - result.by_term["other"]
+        torch.testing.assert_close(own, -2 * grpo(torch.tensor([[1.0, math.exp(-1), math.exp(-3)]]))[0].double())
+
+    def test_metrics_report_the_probability_itself(self, make_group):
+        group = make_group(logp=[[-100.0]] * 4, classes=[0, 0, 1, 1])
+        result = self.combined("grpo", weight=3.0).score(group)
+        assert result.total.tolist() == [3.0] * 4
+        metrics = rates(rollout_sums([group], [result.proxy], [result.total])) | rates(term_sums([group], [result]))
+        assert metrics["reward/proxy"] == pytest.approx(3 * math.exp(-100), rel=1e-9)
+        assert metrics["term/main"] == pytest.approx(math.exp(-100), rel=1e-9)
+        assert metrics["term/main/log"] == -100
+        varied = self.combined("grpo").score(make_group(logp=[[-100.0], [-101.0]]))
+        assert varied.counts["main/zero_variance"] == 0
+
+    @pytest.mark.parametrize("weight", [1.0, -0.5])
+    def test_votes_that_are_not_trained_on_take_no_signal_from_those_that_are(self, weight, make_group):
+        logs = [-10.0, -50.0, -51.0, -900.0]
+        result = self.combined("grpo", weight=weight).score(make_group(logp=[[each] for each in logs]))
+        assert grpo(result.total[None, 1:]).abs().max() == 0  # float64 on unshifted ones would not do better
+        getcontext().prec = 60
+        p = [Decimal(each).exp() for each in logs[1:]]
+        mean = sum(p) / 3
+        std = (sum((x - mean) ** 2 for x in p) / 2).sqrt()
+        expected = torch.tensor([[math.copysign(1, weight) * float((x - mean) / std) for x in p]])
+        torch.testing.assert_close(grpo(result.among([1, 2, 3])[None]), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(result.among(range(4)), result.total)
