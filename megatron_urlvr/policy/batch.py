@@ -240,7 +240,8 @@ class _Stretches:
         return torch.tensor([0, *(s + n for s, n in zip(self.starts, self.lengths, strict=True))], dtype=torch.int32)
 
     def picked(self, which: Sequence[int]) -> _Stretches:
-        return _Stretches(*([each[i] for i in which] for each in (self.starts, self.lengths, self.prefixes)))
+        starts, lengths, prefixes = self.starts, self.lengths, self.prefixes
+        return _Stretches([starts[i] for i in which], [lengths[i] for i in which], [prefixes[i] for i in which])
 
 
 class _Places:
