@@ -118,14 +118,18 @@ def study(
     from megatron_urlvr.config.study import StudyConfig
 
     loaded = load_config(grid, overrides or [], StudyConfig)
-    from megatron_urlvr.analysis import study
-
     if dry_run:
-        print(*study.commands_of(loaded, grid), sep="\n")
+        from megatron_urlvr.analysis.study import commands_of
+
+        print(*commands_of(loaded, grid), sep="\n")
     elif report:
-        study.report_study(loaded, grid)
+        from megatron_urlvr.analysis.study import report_study
+
+        report_study(loaded, grid)
     else:
-        raise typer.Exit(study.run_study(loaded, grid, jobs))
+        from megatron_urlvr.analysis.study import run_study
+
+        raise typer.Exit(run_study(loaded, grid, jobs))
 
 
 @app.command()

@@ -123,8 +123,8 @@ def test_a_group_without_a_parsable_answer_is_scored_like_any_other(name, make_g
     assert scores.isfinite().all()
     if name != "random":
         assert scores.tolist() == [float(scores[0])] * 4
-    for share in reward(name).counts([group], [scores])[0].values():
-        assert 0 <= share <= 1
+    for count, value in reward(name).counts([group], [scores])[0].items():
+        assert value == -0.75 if count == "log" else 0 <= value <= 1
     if get_reward(name).needs & {"answer", "cross_vote", "check", "judge"} and name not in UNPAID:
         assert float(scores[0]) == 0
 
