@@ -3,8 +3,8 @@
 Megatron-Core asks `torch.cuda` for its device and random state and waits for it, builds scalars on `device="cuda"`,
 and tells tensor types apart by the string `torch.cuda.FloatTensor`. On a machine without CUDA, `install()` hands every
 `megatron.*` module a namespace of its own under the global name `torch`, in which those calls mean the CPU. Other
-modules keep the real `torch`; a method that Megatron calls on tensors (`Tensor.type`) is the only global change. With
-CUDA there, `install()` does nothing.
+modules keep the real `torch`; the two methods that Megatron calls on tensors (`Tensor.cuda`, `Tensor.type`) are the
+only global changes. With CUDA there, `install()` does nothing.
 
 Here is what the layouts of this package were seen to call, and no more: another path (interleaved stages, asynchronous
 checkpoints) adds what it needs, with its test.
@@ -111,14 +111,15 @@ def install() -> None:
 
 
 def _patch_tensors(core: Any) -> None:
-    """`Tensor.type` speaks of CUDA: optimizer.py compares it with 'torch.cuda.FloatTensor'. Conversions stay what they
-    are."""
+    """`Tensor.cuda` is the tensor, and `Tensor.type` speaks of CUDA: optimizer.py compares it with
+    'torch.cuda.FloatTensor'. Conversions stay what they are."""
     real_type = torch.Tensor.type
 
     def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return real_type(self, *args, **kwargs) if args or kwargs else f"torch.cuda.{real_type(self).split('.')[-1]}"
 
     torch.Tensor.type = cuda_type  # type: ignore[assignment,method-assign]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 def _patch_jit(jit: Any) -> None:

@@ -201,6 +201,13 @@ def test_megatron_tells_tensors_apart_by_the_name_of_a_cuda_type(make_policy, mo
             make_policy(optim=SECTION, parallel={"distributed_optimizer": True})
 
 
+def test_megatron_moves_the_last_stages_copy_of_a_tied_table_to_cuda():
+    """Seen to fail without `Tensor.cuda` on two stages, which one process cannot be."""
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+
+    assert "weight.data.cuda()" in inspect.getsource(LanguageModule.setup_embeddings_and_output_layer)
+
+
 # -- what is still needed: faults of megatron-core 0.16 ---------------------------------------------------------------
 
 
