@@ -23,7 +23,7 @@ from ..rollout.choice import choose
 from ..rollout.filters import select
 from ..types import STATISTICS, Group, Sample, samples_of
 from .assembly import Parts
-from .off_policy import behaviour_logp, own_logp, prepare, wants_own
+from .off_policy import behaviour_logp, correction_metrics, own_logp, prepare, wants_own
 
 
 def score_groups(config: Config, parts: Parts, groups: Sequence[Group], *, trained: bool = False) -> None:
@@ -128,6 +128,16 @@ def _rows(
         if reference and parts.loss.needs_reference:
             row.ref_logp = reference[i]
     return rows
+
+
+def rows_to_train_on(
+    config: Config, parts: Parts, groups: list[Group], results: list[RewardResult]
+) -> tuple[list[list[Row]], dict[str, float]]:
+    """Rows to train on, group by group, and the metrics of how they were chosen, taught besides and corrected."""
+    trained, results, metrics = select_groups(config, parts, groups, results)
+    rows = training_rows(config, parts, trained, results)
+    metrics |= lesson_metrics(parts, trained)
+    return rows, metrics | correction_metrics(config, [row for each in rows for row in each], parts.layout)
 
 
 def lesson_metrics(parts: Parts, groups: Sequence[Group]) -> dict[str, float]:

@@ -297,7 +297,7 @@ def test_a_disk_that_is_full_when_logging_ends_with_a_sentence(urlvr, config, wh
 
 
 def test_a_bug_keeps_its_traceback_and_says_so_in_the_status(urlvr, config, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "training_rows", lambda *a: 1 / 0)
+    monkeypatch.setattr(train, "rows_to_train_on", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         urlvr("train", config)
     found = status(tmp_path / "run")
