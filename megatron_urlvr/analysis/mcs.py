@@ -8,16 +8,16 @@ onset that the collapse detector finds. A run that never gets there is censored 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from megatron_urlvr.config.monitor import CollapseSection
 from megatron_urlvr.monitor.collapse import replay
 
-from .curves import Curve
+from .curves import Curve, FloatArray
 from .runs import RunRecord
 
 DEFINITIONS = {"reward_accuracy": "audit/vote/reward_accuracy", "precision": "audit/vote/precision"}
@@ -88,6 +88,20 @@ def threshold_sweep(run: RunRecord, thresholds: Sequence[float], **rule: int) ->
 
 
 @dataclass(frozen=True)
+class BaseConcordance:
+    """Concordance of one evaluation of the untrained base with a gain, on the pairs that collapse steps can order."""
+
+    c: float | None
+    """Share of those pairs in which the base that evaluates higher gains more; None without such pairs."""
+    low: float | None
+    high: float | None
+    difference: float | None
+    """C of the steps minus this one: above 0, the step says more than the base did before any training."""
+    difference_low: float | None
+    difference_high: float | None
+
+
+@dataclass(frozen=True)
 class Concordance:
     """Harrell's C of collapse steps with a gain, and its bootstrap interval over clusters."""
 
@@ -98,19 +112,16 @@ class Concordance:
     pairs: int
     policies: int
     clusters: int
+    base: dict[str, BaseConcordance] = field(default_factory=dict)
+    """By evaluation of the base: what it predicts on the same pairs and draws."""
 
 
-def harrell_c(steps: ArrayLike, censored: ArrayLike, gains: ArrayLike) -> tuple[float, float]:
-    """(concordant pairs, comparable pairs): Harrell et al., JAMA 247 (1982), for "collapses later, gains more".
-
-    A pair is comparable when the one with the smaller step collapsed (equal steps: when just one of them did, and that
-    one is the earlier). Equal gains count one half.
-    """
-    time, unseen, gain = (np.asarray(x, dtype=np.float64) for x in (steps, censored, gains))
-    earlier = (time[:, None] < time[None, :]) | ((time[:, None] == time[None, :]) & (unseen[None, :] > unseen[:, None]))
-    comparable = earlier & (unseen[:, None] == 0)
-    concordant = (gain[:, None] < gain[None, :]) + 0.5 * (gain[:, None] == gain[None, :])
-    return float((comparable * concordant).sum()), float(comparable.sum())
+def comparable_pairs(steps: ArrayLike, censored: ArrayLike) -> FloatArray:
+    """`[n, n]`, 1 where the first policy of the pair is known to collapse before the second (Harrell et al., JAMA 247,
+    1982): it collapsed, at a smaller step, or at an equal one where the other is censored."""
+    time, unseen = np.asarray(steps, dtype=np.float64), np.asarray(censored, dtype=bool)
+    outlives = (time[:, None] < time[None, :]) | ((time[:, None] == time[None, :]) & unseen[None, :])
+    return (outlives & ~unseen[:, None]).astype(np.float64)
 
 
 def concordance(
@@ -118,34 +129,61 @@ def concordance(
     censored: Sequence[bool],
     gains: Sequence[float],
     clusters: Sequence[Hashable],
+    base: Mapping[str, Sequence[float]] | None = None,
     *,
     seed: int = 0,
     resamples: int = RESAMPLES,
     level: float = 0.95,
 ) -> Concordance:
-    """Harrell's C with a percentile interval from resampling whole clusters: policies from one pretraining run are not
-    independent of each other. Draws without a comparable pair are left out."""
-    concordant, comparable = harrell_c(steps, censored, gains)
+    """Harrell's C for "collapses later, gains more", and for each of `base` C for "evaluates higher, gains more" on the
+    same pairs. Ties in gain or evaluation count one half.
+
+    Percentile intervals from resampling whole clusters, the same draws for all: policies from one pretraining run are
+    not independent of each other. Draws without a comparable pair are left out.
+    """
     names = list(dict.fromkeys(clusters))
-    members = [np.array([i for i, cluster in enumerate(clusters) if cluster == name]) for name in names]
-    time, unseen, gain = (np.asarray(x, dtype=np.float64) for x in (steps, censored, gains))
-    draws = []
-    if len(names) > 1:
-        rng = np.random.default_rng(seed)
-        for _ in range(resamples):
-            taken = np.concatenate([members[k] for k in rng.integers(len(names), size=len(names))])
-            top, bottom = harrell_c(time[taken], unseen[taken], gain[taken])
-            if bottom:
-                draws.append(top / bottom)
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]) if draws else (None, None)
+    member = np.array([[cluster == name for name in names] for cluster in clusters], dtype=np.float64)
+    taken = _draws(len(names), resamples, seed)
+
+    def summed(pairs: FloatArray) -> FloatArray:
+        """Sum of `[n, n]` in the sample and in each draw, where a cluster counts as often as it was taken."""
+        return np.einsum("rk,kl,rl->r", taken, member.T @ pairs @ member, taken)
+
+    earlier, gained = comparable_pairs(steps, censored), _order(gains)
+    comparable = summed(earlier)
+    kept = comparable > 0
+    by_step = summed(earlier * (1 + gained) / 2)[kept] / comparable[kept]
+    found = {}
+    for name, scores in (base or {}).items():
+        by_base = summed(earlier * (1 + _order(scores) * gained) / 2)[kept] / comparable[kept]
+        found[name] = BaseConcordance(*_interval(by_base, level), *_interval(by_step - by_base, level))
     return Concordance(
-        c=concordant / comparable if comparable else None,
-        low=None if low is None else float(low),
-        high=None if high is None else float(high),
-        pairs=int(comparable),
-        policies=len(steps),
-        clusters=len(names),
+        *_interval(by_step, level), pairs=int(comparable[0]), policies=len(steps), clusters=len(names), base=found
     )
+
+
+def _draws(clusters: int, resamples: int, seed: int) -> FloatArray:
+    """`[1 + resamples, clusters]`: how often each cluster is taken, in the sample (once) and in draws from it. One
+    cluster has no spread, and no draws."""
+    if clusters == 1:
+        return np.ones((1, 1))
+    drawn = np.random.default_rng(seed).integers(clusters, size=(resamples, clusters))
+    counts = (drawn[:, :, None] == np.arange(clusters)).sum(axis=1)
+    return np.concatenate([np.ones((1, clusters)), counts])
+
+
+def _order(values: ArrayLike) -> FloatArray:
+    """`[n, n]`: 1 where the second of a pair is higher, -1 where the first is, 0 where they tie."""
+    value = np.asarray(values, dtype=np.float64)
+    return np.sign(value[None, :] - value[:, None])
+
+
+def _interval(found: FloatArray, level: float) -> tuple[float | None, float | None, float | None]:
+    """(value, low, high) of the sample's value followed by the draws'; None for what is not there."""
+    if len(found) < 2:
+        return (float(found[0]) if len(found) else None), None, None
+    low, high = np.quantile(found[1:], [(1 - level) / 2, (1 + level) / 2])
+    return float(found[0]), float(low), float(high)
 
 
 def supervised_gain(run: RunRecord, eval_set: str) -> float | None:
@@ -172,5 +210,5 @@ def pass_gain(run: RunRecord, eval_set: str) -> tuple[str, float] | None:
 def mean_step(found: Sequence[CollapseStep]) -> tuple[float, int]:
     """(restricted mean of the steps, number censored): a censored run counts with its last step, so that with
     censoring this is a lower bound."""
-    steps: NDArray[np.float64] = np.array([each.step for each in found], dtype=np.float64)
+    steps: FloatArray = np.array([each.step for each in found], dtype=np.float64)
     return float(steps.mean()), sum(each.censored for each in found)

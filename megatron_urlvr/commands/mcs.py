@@ -15,6 +15,7 @@ from megatron_urlvr.analysis.mcs import (
     DEFINITIONS,
     LABEL_FREE,
     CollapseStep,
+    Concordance,
     collapse_step,
     concordance,
     mean_step,
@@ -101,6 +102,7 @@ def _compared(config: McsConfig, runs: Runs, gains: Gains, setting: str, rule: M
     """One setting's runs under one rule."""
     mine = {(policy, seed): run for (name, policy, seed), run in runs.items() if name == setting}
     steps: dict[str, dict[Replicate, CollapseStep]] = {name: {} for name in ALL_DEFINITIONS}
+    bases = {key: run.base_lines(config.eval_set) for key, run in mine.items()}
     listed = []
     for (policy, seed), run in mine.items():
         each = {name: collapse_step(run, name, threshold=config.threshold, **rule) for name in ALL_DEFINITIONS}
@@ -120,7 +122,7 @@ def _compared(config: McsConfig, runs: Runs, gains: Gains, setting: str, rule: M
         "runs": listed,
         "policies": {name: _means(config, steps[name]) for name in ALL_DEFINITIONS},
         "concordance": {
-            name: {gain: asdict(each) for gain, each in _concordances(steps[name], gains).items()}
+            name: {gain: asdict(each) for gain, each in _concordances(steps[name], gains, bases).items()}
             for name in ALL_DEFINITIONS
         },
     }
@@ -148,9 +150,11 @@ def _means(config: McsConfig, steps: Mapping[Replicate, CollapseStep]) -> dict[s
     return out
 
 
-def _concordances(steps: Mapping[Replicate, CollapseStep], gains: Gains) -> dict[str, Any]:
-    """Concordance with each gain over (policy, seed); clusters are seeds, since the snapshots of one seed come from one
-    pretraining run; without seeds every policy is its own."""
+def _concordances(
+    steps: Mapping[Replicate, CollapseStep], gains: Gains, bases: Mapping[Replicate, Mapping[str, float]]
+) -> dict[str, Concordance]:
+    """Concordance with each gain over (policy, seed), of the steps and of what `bases` says on the same pairs; clusters
+    are seeds, since the snapshots of one seed come from one pretraining run; without seeds every policy is its own."""
     out = {}
     for name in dict.fromkeys(name for each in gains.values() for name in each):
         keys = [key for key in steps if name in gains.get(key, {})]
@@ -160,8 +164,14 @@ def _concordances(steps: Mapping[Replicate, CollapseStep], gains: Gains) -> dict
                 [steps[key].censored for key in keys],
                 [gains[key][name] for key in keys],
                 [key[0] if key[1] is None else key[1] for key in keys],
+                _columns([bases[key] for key in keys]),
             )
     return out
+
+
+def _columns(lines: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """The evaluations that every base has: with fewer bases the pairs would be others."""
+    return {name: [each[name] for each in lines] for name in lines[0] if all(name in each for each in lines)}
 
 
 def _jsonable(step: CollapseStep | None) -> dict[str, Any] | None:
@@ -194,6 +204,8 @@ def _table(result: Mapping[str, Any]) -> list[str]:
     for name, by_gain in result["concordance"].items():
         for gain, each in by_gain.items():
             lines.append(f"  concordance of {name} with {gain}: {_concordance_text(each)}")
+            if each["pairs"]:
+                lines += [f"    base {metric}: {_base_text(line)}" for metric, line in each["base"].items()]
     return lines
 
 
@@ -206,10 +218,18 @@ def _cell(mean: Mapping[str, Any] | None) -> str:
 def _concordance_text(each: Mapping[str, Any]) -> str:
     if each["c"] is None:
         return f"no comparable pair among {each['policies']} policies"
-    interval = "" if each["low"] is None else f" [{each['low']:.2f}, {each['high']:.2f}]"
-    return (
-        f"{each['c']:.2f}{interval}, {each['pairs']} pairs, {each['policies']} policies in {each['clusters']} clusters"
-    )
+    c = _with_interval(each["c"], each["low"], each["high"])
+    return f"{c}, {each['pairs']} pairs, {each['policies']} policies in {each['clusters']} clusters"
+
+
+def _base_text(each: Mapping[str, Any]) -> str:
+    difference = _with_interval(each["difference"], each["difference_low"], each["difference_high"], sign="+")
+    return f"{_with_interval(each['c'], each['low'], each['high'])} on the same pairs, step minus base {difference}"
+
+
+def _with_interval(value: float, low: float | None, high: float | None, sign: str = "") -> str:
+    interval = "" if low is None else f" [{low:{sign}.2f}, {high:{sign}.2f}]"
+    return f"{value:{sign}.2f}{interval}"
 
 
 def figure(config: McsConfig, runs: Runs, found: Mapping[str, Any]) -> bytes:

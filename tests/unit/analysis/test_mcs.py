@@ -16,7 +16,6 @@ from megatron_urlvr.analysis.mcs import (
     collapse_step,
     concordance,
     first_below,
-    harrell_c,
     mean_step,
     pass_gain,
     supervised_gain,
@@ -84,19 +83,41 @@ def _with_tokens(folder: Path) -> Path:
     return folder
 
 
-def test_concordance_counts_the_pairs_whose_order_is_known():
+def count_pairs(steps, censored, gains, score, chosen):
+    """(c of the steps, c of `score`, pairs) over the indices `chosen`, of which some may be repeated."""
+    by_step, by_score, pairs = 0.0, 0.0, 0
+    for i, j in itertools.permutations(chosen, 2):
+        before = steps[i] < steps[j] or (steps[i] == steps[j] and censored[j])
+        if before and not censored[i]:
+            pairs += 1
+            by_step += 1.0 if gains[i] < gains[j] else 0.5 if gains[i] == gains[j] else 0.0
+            tied = gains[i] == gains[j] or score[i] == score[j]
+            by_score += 0.5 if tied else float((score[i] < score[j]) == (gains[i] < gains[j]))
+    return (by_step / pairs, by_score / pairs, pairs) if pairs else (None, None, 0)
+
+
+def test_steps_and_the_base_are_counted_on_the_pairs_whose_order_is_known_in_the_same_draws():
     rng = np.random.default_rng(1)
-    for _ in range(50):
-        n = 8
+    for trial in range(12):
+        n, kinds, resamples = 9, 3, 60
         steps, censored = rng.integers(1, 6, n), rng.random(n) < 0.4
-        gains = rng.integers(0, 4, n) / 4
-        concordant = comparable = 0.0
-        for i, j in itertools.permutations(range(n), 2):
-            before = steps[i] < steps[j] or (steps[i] == steps[j] and not censored[i] and censored[j])
-            if before and not censored[i]:
-                comparable += 1
-                concordant += 1.0 if gains[i] < gains[j] else 0.5 if gains[i] == gains[j] else 0.0
-        assert harrell_c(steps, censored, gains) == (concordant, comparable)
+        gains, score = rng.integers(0, 4, n) / 4, rng.integers(0, 4, n) / 4
+        clusters = [*range(kinds), *rng.integers(kinds, size=n - kinds)]
+        found = concordance(steps, censored, gains, clusters, {"greedy": score}, seed=trial, resamples=resamples)
+        base = found.base["greedy"]
+        assert (found.c, base.c, found.pairs) == pytest.approx(count_pairs(steps, censored, gains, score, range(n)))
+        draws = []
+        again = np.random.default_rng(trial)
+        for _ in range(resamples):
+            taken = again.integers(kinds, size=kinds)
+            chosen = [i for k in taken for i in range(n) if clusters[i] == k]
+            by_step, by_score, pairs = count_pairs(steps, censored, gains, score, chosen)
+            if pairs:
+                draws.append((by_step, by_score, by_step - by_score))
+        ends = np.quantile(draws, [0.025, 0.975], axis=0).T if draws else np.full((3, 2), None)  # one trial has none
+        assert base.difference == (pytest.approx(found.c - base.c) if found.pairs else None)
+        told = [found.low, found.high, base.low, base.high, base.difference_low, base.difference_high]
+        assert told == pytest.approx(ends.ravel().tolist())
 
 
 def test_the_published_steps_rank_the_published_gains():
@@ -118,8 +139,9 @@ def test_policies_of_one_pretraining_run_are_resampled_together():
     assert copies.clusters == 2
     one = concordance([10, 20], [False, False], [0.1, 0.2], ["a", "a"])
     assert (one.low, one.high) == (None, None)  # one cluster has no spread
-    nothing = concordance([10, 20], [True, True], [0.1, 0.2], ["a", "b"])
+    nothing = concordance([10, 20], [True, True], [0.1, 0.2], ["a", "b"], {"greedy": [0.1, 0.2]})
     assert (nothing.c, nothing.pairs) == (None, 0)
+    assert set(vars(nothing.base["greedy"]).values()) == {None}
 
 
 def test_a_mean_over_seeds_says_how_many_did_not_get_there():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -37,10 +39,20 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> list[dict[str, Any]]:
+    """Change every row of the run's metrics in place, and return them."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        change(row)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
 def test_steps_gains_and_concordance_are_printed_and_kept(file: Path, tmp_path: Path):
     runs = tmp_path / "mcs/runs"
     make_run(runs / "default.frail", "dies", reward="majority_vote")
-    make_run(runs / "default.robust", "rises", reward="majority_vote")
+    robust = make_run(runs / "default.robust", "rises", reward="majority_vote", base="strong")
+    rewrite(robust, lambda row: row.pop("eval/held_out/base/greedy", None))
     make_run(runs / "supervised.frail", "truth", reward="ground_truth", seed=1)
     make_run(runs / "supervised.robust", "truth", reward="ground_truth", seed=2)
     result = CliRunner().invoke(app, ["mcs", str(file), "--measure"])
@@ -55,17 +67,20 @@ def test_steps_gains_and_concordance_are_printed_and_kept(file: Path, tmp_path: 
     assert steps["robust"]["precision"] == {"step": 100, "censored": True, "tokens": None}
     concordance = found["concordance"]["precision"]["supervised gain"]
     assert (concordance["pairs"], concordance["policies"]) == (1, 2)
+    gain = {each["policy"]: each["supervised gain"] for each in kept["gains"]}
+    assert concordance["c"] == float(gain["robust"] > gain["frail"])
+    assert list(concordance["base"]) == ["avg@16", "maj@16"]  # greedy was measured of one base only
+    for each in concordance["base"].values():  # the base that collapses later evaluates higher
+        assert (each["c"], each["difference"]) == (concordance["c"], 0.0)
+    assert f"    base maj@16: {concordance['c']:.2f}" in result.output
+    assert "on the same pairs, step minus base +0.00" in result.output
     assert (tmp_path / "mcs/mcs.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_papers_rule_is_measured_beside_a_smoothed_one_and_so_are_both_sweeps(file: Path, tmp_path: Path):
     """One bad batch long before the end: the paper's rule stops there, three in a row do not."""
     folder = make_run(tmp_path / "mcs/runs/default.frail", "dies", reward="majority_vote")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        if row["step"] == 3:
-            row["audit/vote/precision"] = 0.0
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = rewrite(folder, lambda row: row.update({"audit/vote/precision": 0.0} if row["step"] == 3 else {}))
     result = CliRunner().invoke(app, ["mcs", str(file), "--measure", "smoothing=3", "persistence=2"])
     assert result.exit_code == 0, result.exception
     assert "rule smoothed: smoothing 3, persistence 2" in result.output
