@@ -13,7 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
-from .batch import PackedBatch, Segments
+from .packing import PackedBatch, Segments
 
 SMALL_SCORES = 1 << 12
 """Attention matrices up to this many entries a head are computed with two matmuls on the CPU: measured 1.8x faster

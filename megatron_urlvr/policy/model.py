@@ -23,8 +23,8 @@ from urlvr_kernels import lm_head_stats
 from ..config.parallel import ParallelSection
 from ..distributed.layout import Layout
 from .attention import PackedAttention, PackedRotaryEmbedding, PackedSequence
-from .batch import PackedBatch
 from .hf.families import Family, experts_of, rope_frequencies, rope_theta, shape_of
+from .packing import PackedBatch
 
 EXPERTS = "mlp.experts.local_experts."
 """What precedes a rank's number of an expert in the names of its parameters."""

@@ -33,20 +33,12 @@ from ..types import TokenStats
 from .attention import PackedSequence
 from .average import MovingAverage
 from .balance import RowCost
-from .batch import (
-    PackedBatch,
-    Row,
-    Share,
-    fewer_microbatches,
-    level_microbatches,
-    pack,
-    packed_length,
-    plan_microbatches,
-)
+from .batch import Row, fewer_microbatches, level_microbatches, plan_microbatches
 from .hf.families import family_of
 from .hf.folder import read_config, write_folder
 from .model import FP8_ROWS, Head, build_chunks, has_transformer_engine, parameters_of
 from .optimizer import NonFiniteError, PolicyOptimizer, wrap
+from .packing import PackedBatch, Share, pack, packed_length
 from .spread import Spread
 from .weights import Shadow, WeightMap
 

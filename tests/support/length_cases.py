@@ -21,7 +21,8 @@ from megatron_urlvr.distributed.exchange import my_share
 from megatron_urlvr.distributed.layout import joined
 from megatron_urlvr.policy import model as model_module
 from megatron_urlvr.policy import policy as module
-from megatron_urlvr.policy.batch import PackedBatch, Row, pack
+from megatron_urlvr.policy.batch import Row
+from megatron_urlvr.policy.packing import PackedBatch, pack
 from megatron_urlvr.policy.policy import Policy
 
 BUDGET = 110

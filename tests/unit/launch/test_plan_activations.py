@@ -19,9 +19,10 @@ from megatron_urlvr.launch.plan.memory import (
 )
 from megatron_urlvr.launch.plan.shards import PlannedPolicy, estimated_shards
 from megatron_urlvr.policy.attention import PackedSequence
-from megatron_urlvr.policy.batch import Row, pack
+from megatron_urlvr.policy.batch import Row
 from megatron_urlvr.policy.hf.families import family_of
 from megatron_urlvr.policy.hf.folder import read_config
+from megatron_urlvr.policy.packing import pack
 from megatron_urlvr.policy.policy import Policy
 
 OPTIM = OptimSection(lr=1e-6)

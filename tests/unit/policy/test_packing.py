@@ -9,17 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_urlvr.policy import batch as module
-from megatron_urlvr.policy.batch import (
-    PackedBatch,
-    Row,
-    Share,
-    fewer_microbatches,
-    level_microbatches,
-    pack,
-    packed_length,
-    plan_microbatches,
-)
+from megatron_urlvr.policy import packing as module
+from megatron_urlvr.policy.batch import Row, fewer_microbatches, level_microbatches, plan_microbatches
+from megatron_urlvr.policy.packing import PackedBatch, Share, pack, packed_length
 
 STEADY = settings(deadline=None, derandomize=True, database=None)
 TOKEN = st.integers(1, 9)
