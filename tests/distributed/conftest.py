@@ -40,7 +40,7 @@ OF_FOUR: dict[str, dict[str, Any]] = {
 }
 """Layouts of four."""
 LENGTHS: list[dict[str, dict[str, Any]]] = [
-    {"dp2_ep2": {"dp": 2, "ep": 2}},
+    {"dp2_ep2": {"dp": 2, "ep": 2}, "cp2_ep2": {"cp": 2, "ep": 2}},
     {"pp2_vpp2": {"pp": 2, "vpp": 2}, "pp2_vpp2_unpadded": {"pp": 2, "vpp": 2}},
     {"pp2": {"pp": 2}, "pp2_unpadded": {"pp": 2}, "dp2": {"dp": 2, "overlap_grad_reduce": True}},
 ]

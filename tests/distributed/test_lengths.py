@@ -12,7 +12,18 @@ from test_layouts import STATISTIC, assert_close_gradients, assert_same_bits
 pytestmark = pytest.mark.timeout(600)  # the first test of a group waits for its processes
 WEIGHT = 1e-5
 """Absolute, after steps of up to 1e-3 each."""
-LAYOUTS = ("dp2", "dp2_ep2", "pp2", "pp2_unpadded", "pp2_vpp2", "pp2_vpp2_unpadded", "dp4", "pp2_dp2", "tp2_dp2_ep2")
+LAYOUTS = (
+    "dp2",
+    "dp2_ep2",
+    "cp2_ep2",
+    "pp2",
+    "pp2_unpadded",
+    "pp2_vpp2",
+    "pp2_vpp2_unpadded",
+    "dp4",
+    "pp2_dp2",
+    "tp2_dp2_ep2",
+)
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
