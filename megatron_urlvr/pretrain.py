@@ -210,7 +210,7 @@ class Pretraining:
 
     def measure(self, step: int) -> Measured:
         """avg@16, maj@16, greedy accuracy, parse rate and judge's accuracy on the held-out prompts."""
-        hand_over(self.policy.export(), self.engine, self.policy.layout, version=step)
+        hand_over(self.policy, self.engine, self.policy.layout, version=step)
         longest = self.config.data.max_new_tokens
         seed = derive_seed(self.config.run.seed, "measure")
         sampled, right = self._sample(Sampling(16, longest, 1.0, seed=seed))

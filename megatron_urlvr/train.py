@@ -129,7 +129,7 @@ class Trainer(Progress):
 
     def push_weights(self) -> None:
         """Stream the policy's weights to the engine."""
-        hand_over(self.parts.policy.export(), self.parts.engine, self.parts.layout, version=self.version)
+        hand_over(self.parts.policy, self.parts.engine, self.parts.layout, version=self.version)
 
     def serve(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Hand the new weights to the engine, and evaluate them where that is due; returns the metrics of both. Where

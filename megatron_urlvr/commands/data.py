@@ -48,7 +48,7 @@ def select(config: Config, *, keep: str, votes: int, out: Path, checkpoint: str 
         joined(config.parallel, device=config.run.device, seed=config.run.seed, run_dir=config.run.dir) as layout,
         closing(build(config, layout)) as parts,
     ):
-        hand_over(parts.policy.export(), parts.engine, layout, version=0 if path is None else load_step(parts, path))
+        hand_over(parts.policy, parts.engine, layout, version=0 if path is None else load_step(parts, path))
         rows = _sampled(config, parts, votes)
         labelled = [row for row in rows if row is not None]
         if not labelled:

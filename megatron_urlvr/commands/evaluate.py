@@ -47,7 +47,7 @@ def main(config: Config, checkpoint: str | None, sets: list[str] | None, rewards
         closing(build(config, layout)) as parts,
     ):
         step = 0 if path is None else load_step(parts, path)
-        hand_over(parts.policy.export(), parts.engine, layout, version=step)
+        hand_over(parts.policy, parts.engine, layout, version=step)
         temperature = config.reward.temperature
         at = None if temperature == "rollout" else temperature
         score = Scorer(parts, chosen, temperature=at) if chosen else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ..monitor.audit import Sums, merge
+from ..policy.policy import Policy, Weights
 from ..rollout.engine import RolloutEngine
 from ..rollout.records import group_from_record, group_to_record
 from ..types import Group
@@ -47,23 +48,24 @@ def share_groups(groups: Sequence[Group] | None, layout: Layout) -> list[Group]:
 
 
 def hand_over(
-    weights: Iterator[tuple[str, torch.Tensor]], engine: RolloutEngine | None, layout: Layout, *, version: int
+    policy: Policy, engine: RolloutEngine | None, layout: Layout, *, version: int, weights: Weights = "policy"
 ) -> None:
-    """Stream the policy's weights (`Policy.export`) to the engine as `version`. Every rank drains the stream; what
-    fails on one rank is raised on all: RolloutFailed, Abandoned. An engine that sleeps wakes at the end, when no rank
-    holds on to memory that it does not use."""
+    """Stream the policy's `weights` to the engine as `version`. Every rank drains the stream; what fails on one rank is
+    raised on all: RolloutFailed, Abandoned. An engine that sleeps wakes at the end, when no rank holds on to memory
+    that only an update needs."""
+    stream = policy.export(weights)
     with agreed(layout):
         if engine is not None:
             engine.begin_update(version)
     with agreed(layout):
         try:
             if engine is not None:
-                engine.update(weights)
+                engine.update(stream)
         finally:
-            for _ in weights:
+            for _ in stream:
                 pass
-    if any_rank(engine is not None and engine.shares_memory, layout) and torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what the update needed is the servers' again
+    if any_rank(engine is not None and engine.shares_memory, layout):
+        policy.offload()
     with agreed(layout):
         if engine is not None:
             engine.end_update()
@@ -71,12 +73,13 @@ def hand_over(
         engine.resume()
 
 
-def put_to_sleep(engine: RolloutEngine | None, layout: Layout) -> None:
+def put_to_sleep(policy: Policy, engine: RolloutEngine | None, layout: Layout) -> None:
     """Hand the engine's memory to the policy, on every rank, until weights are handed over. RolloutFailed or Abandoned
     on every rank alike. Called when every replica has the groups that it asked for."""
     with agreed(layout):
         if engine is not None:
             engine.sleep()
+    policy.onload()
 
 
 def gather_from_leaders(value: Any, layout: Layout) -> list[Any]:

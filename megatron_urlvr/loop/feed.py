@@ -58,7 +58,7 @@ class Feed:
         batch = self.batches[step]
         groups = self.parts.collect(batch.prompts, lambda engine: self._from(engine, step, version))
         if self.config.servers.colocated:
-            put_to_sleep(self.parts.engine, self.parts.layout)
+            put_to_sleep(self.parts.policy, self.parts.engine, self.parts.layout)
         del self.batches[step]
         self.place = batch.place
         return groups

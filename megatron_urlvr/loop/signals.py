@@ -162,7 +162,7 @@ class Signals:
                 continue
             respondent = self.respondent(weights, "") if self.layout.is_leader else None
             engine = respondent.engine if isinstance(respondent, ModelRespondent) else None
-            hand_over(self.policy.export(weights), engine, self.layout, version=times + 1)
+            hand_over(self.policy, engine, self.layout, version=times + 1, weights=weights)
             self._pushed[weights] = times + 1
 
     def _share(self, groups: Sequence[Group], names: Sequence[str]) -> None:

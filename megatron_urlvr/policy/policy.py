@@ -191,6 +191,7 @@ class Policy:
         weights untouched, when loss or gradient is not finite.
         """
         assert self.optimizer is not None, "this policy was built without an optimizer"
+        self.onload()
         for chunk in self.trained:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -277,6 +278,27 @@ class Policy:
         if loss is not None:
             return output, partial(_loss, loss, batch)
         return (output if isinstance(output, torch.Tensor) else _table(output)), _kept
+
+    # -- memory for others --------------------------------------------------------------------------------------------
+
+    def offload(self) -> None:
+        """Give the device memory that updates alone need to whoever shares the device, until `onload`: gradient buffers,
+        4 bytes for each of this rank's parameters, which hold nothing between updates.
+
+        Weights stay, for saving and snapshots; masters and moments go with `optim.offload`.
+        """
+        on_gpu = self.layout.device.type == "cuda"
+        if self.optimizer is not None:
+            for chunk in self.trained:
+                chunk.offload_grad_buffers(synchronize=on_gpu, empty_cache=False)
+        if on_gpu:
+            torch.cuda.empty_cache()
+
+    def onload(self) -> None:
+        """Take the memory again that `offload` gave away; nothing where it did not."""
+        if self.optimizer is not None:
+            for chunk in self.trained:
+                chunk.restore_grad_buffers(synchronize=False)
 
     # -- weights ------------------------------------------------------------------------------------------------------
 

@@ -102,6 +102,8 @@ def test_log_probs_are_the_policys_before_and_after_three_steps(served: Served, 
             assert metrics["rollout/faults"] == 0
             assert metrics["sync/servers"] == metrics["sync/verified"] == 1
             assert metrics["mismatch/logp_max_diff"] < TOLERANCE
+            held = [each.grad_data.untyped_storage().nbytes() for each in parts.policy.trained[0].buffers]
+            assert any(held) != config.servers.colocated, "who generates in turns has the gradients' memory"
         moved = max(float((tensor - before[name]).abs().max()) for name, tensor in parts.policy.export())
         assert moved > 1e-3, "three steps must have moved the weights for the comparison to mean anything"
         assert differences(trainer, parts.generate(prompts, sampling))["logp"] < TOLERANCE
@@ -192,7 +194,7 @@ def test_of_two_servers_one_is_killed_in_mid_rollout_and_comes_back(served: Serv
         assert differences(trainer, groups)["logp"] < TOLERANCE
         assert {sample.version for group in groups for sample in group} == {trainer.version}
         # At the next update both are members of a new group.
-        hand_over(parts.policy.export(), parts.engine, parts.layout, version=trainer.version + 1)
+        hand_over(parts.policy, parts.engine, parts.layout, version=trainer.version + 1)
         assert engine.metrics()["sync/servers"] == 2
         assert (
             differences(trainer, list(parts.engine.generate(parts.train.prompts[:4], Sampling(8, 16))))["logp"]

@@ -309,6 +309,8 @@ def _observe_updates(
             row.advantage = coefficient
         parts.policy.update(batch, loss, lr=0.0)
         seen.direct[name] = policy_gradients(parts.policy)
+    if parts.layout.world_size > 1:  # what an update takes back is what one process never gave away
+        parts.policy.offload()
     parts.policy.update(batch, parts.loss, lr=1e-2)
     seen.stepped = {name: tensor.clone() for name, tensor in parts.policy.export()}
 

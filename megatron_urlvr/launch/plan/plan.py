@@ -95,7 +95,7 @@ def make_plan(
     fleet = sync = generate = None
     if crew.serving:
         pool, reserve = config.servers.policy, int(assumptions.trainer_reserve_gib * GIB)
-        stays = max(shard.total for shard in shards) + reserve if crew.shared else 0
+        stays = max(shard.beside_servers for shard in shards) + reserve if crew.shared else 0
         fleet = fleet_of(
             model.hf, pool, gpu,
             servers=crew.servers, parameters=parameters, itemsize=policy.itemsize, trainer=stays,

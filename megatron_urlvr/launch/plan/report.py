@@ -125,7 +125,7 @@ def _server(plan: Plan) -> Iterator[str]:
     if plan.crew.shared:
         peak, asleep = max(rank.peak for rank in plan.ranks) / GIB, plan.assumptions.sleeping_server_gib
         stays = f"{server.trainer / GIB:.1f} of the trainer stay on each GPU"
-        yield f"while they generate, {stays}: weights, grads, {'' if plan.policy.offloads else 'optim, '}reserve"
+        yield f"while they generate, {stays}: weights, optim, reserve"
         yield f"while the policy trains, {asleep:.1f} of a sleeping server stay beside the trainer's peak of {peak:.1f}"
 
 

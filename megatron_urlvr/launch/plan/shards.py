@@ -119,6 +119,12 @@ class Shard:
         return self.weights + self.gradients + self.optimizer - self.visiting
 
     @property
+    def beside_servers(self) -> int:
+        """Bytes that are there while servers on the same GPU generate: not the gradients, but an offloaded optimizer,
+        which comes back to be saved."""
+        return self.weights + self.optimizer
+
+    @property
     def visiting(self) -> int:
         """Bytes that are there for the optimizer's step alone."""
         return self.optimizer if self.offloaded else 0

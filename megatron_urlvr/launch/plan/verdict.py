@@ -166,8 +166,8 @@ def notes(config: Config, gpu: GPU, policy: PlannedPolicy, work: Workload, times
             yield f"what reward.providers.{each.asked.label} asks {each.asked.who} is not in the total."
     if config.servers.colocated:
         yield (
-            "trainer and servers take turns on the same GPUs: weights, gradients and optimizer of the trainer stay "
-            "there while servers generate; handing the memory over, twice a step, takes time that is not in the total."
+            "trainer and servers take turns on the same GPUs: weights and optimizer of the trainer stay there while "
+            "servers generate; handing the memory over, twice a step, takes time that is not in the total."
         )
 
 

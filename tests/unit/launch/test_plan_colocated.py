@@ -47,22 +47,22 @@ def test_phases_follow_each_other():
 def test_servers_have_what_the_trainer_does_not_keep():
     plan = planned()
     assert plan.server is not None
-    # 2 bytes of weights and 4 of gradients a parameter over tp 2, 12 of the optimizer over dp 4 too; 5 GiB of reserve.
-    keeps = PARAMETERS / 2 * (2 + 4 + 12 / 4) + 5 * GIB
+    # 2 bytes of weights a parameter over tp 2, 12 of the optimizer over dp 4 too; 5 GiB of reserve.
+    keeps = PARAMETERS / 2 * (2 + 12 / 4) + 5 * GIB
     assert plan.server.trainer == pytest.approx(keeps, rel=0.001)
     assert plan.server.weights == 2 * PARAMETERS
-    assert plan.server.kv_cache == pytest.approx(0.45 * H100.memory - 2 * PARAMETERS, abs=2)
+    assert plan.server.kv_cache == pytest.approx(0.6 * H100.memory - 2 * PARAMETERS, abs=2)
     whole = plan.server.weights + plan.server.kv_cache + plan.server.other + plan.server.trainer
     assert whole == pytest.approx(H100.memory, abs=2)
     assert plan.problems == []
 
 
-def test_an_offloaded_optimizer_leaves_its_memory_to_the_servers_and_visits_for_its_step():
+def test_an_offloaded_optimizer_visits_for_its_step_and_to_be_saved():
     stays, offloaded = planned(), planned("optim.offload=true", "optim.ema_decay=0.99", host_gb_s=10.0)
     assert stays.server is not None
     assert offloaded.server is not None
     state = PARAMETERS / 2 * 12 / 4
-    assert stays.server.trainer - offloaded.server.trainer == pytest.approx(state, rel=0.001)
+    assert stays.server.trainer == offloaded.server.trainer, "a save may come while servers generate"
     # The optimizer's part of a rank, and the average's, of the masters that it steps; the whole reference.
     assert offloaded.host_bytes == pytest.approx(state + 4 * PARAMETERS / 2 * (1 / 4 + 1), rel=0.001)
     for before, now in zip(stays.ranks, offloaded.ranks, strict=True):
@@ -75,9 +75,9 @@ def test_an_offloaded_optimizer_leaves_its_memory_to_the_servers_and_visits_for_
 
 
 def test_a_share_that_the_trainer_leaves_no_room_for_is_refused_with_the_largest_that_fits():
-    plan = planned("servers.pools.policy.mem_fraction=0.6")
+    plan = planned("servers.pools.policy.mem_fraction=0.75")
     [problem] = plan.problems
-    assert "mem_fraction = 0.6 that leaves -5.1 GiB" in problem
+    assert "mem_fraction = 0.75 that leaves -2.8 GiB" in problem
     fits = float(problem.rsplit(" ", 1)[1].rstrip("."))
     assert planned(f"servers.pools.policy.mem_fraction={fits}").problems == []
     assert planned(f"servers.pools.policy.mem_fraction={fits + 0.01}").problems != []

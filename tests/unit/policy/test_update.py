@@ -236,3 +236,29 @@ def test_an_optimizer_in_host_memory_takes_the_same_steps_and_leaves_the_devices
     plain, offloaded = policies
     assert_same_bits(dict(offloaded.parameters), dict(plain.parameters))
     assert_same_bits(offloaded.ema.tensors, plain.ema.tensors)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_gradients_leave_their_memory_to_others_between_updates_and_change_nothing(
+    make_policy, folders, distributed: bool
+):
+    held = {"distributed_optimizer": distributed}
+    kept, lent = (make_policy(optim=OptimSection(lr=1e-2), parallel=held) for _ in range(2))
+    batch = trained_rows(folders["untied"])
+    weights = sum(parameter.numel() for parameter in lent.parameters.values())
+    for _ in range(2):
+        lent.offload()
+        lent.offload()
+        assert gradient_bytes(lent) == 0
+        assert gradient_bytes(kept) >= 4 * weights
+        assert_same_bits(dict(lent.export()), dict(kept.export()))
+        mine, others = (policy.score(batch, frozenset({"logp"})) for policy in (lent, kept))
+        assert all(torch.equal(a.logp, b.logp) for a, b in zip(mine, others, strict=True))
+        assert lent.update(batch, clip_loss(), lr=1e-2) == kept.update(batch, clip_loss(), lr=1e-2)
+        assert gradient_bytes(lent) == gradient_bytes(kept)
+    assert_same_bits(state_of(lent), state_of(kept))
+
+
+def gradient_bytes(policy: Policy) -> int:
+    """Of all gradient buffers."""
+    return sum(buffer.grad_data.untyped_storage().nbytes() for chunk in policy.trained for buffer in chunk.buffers)

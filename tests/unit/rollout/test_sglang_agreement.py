@@ -84,17 +84,18 @@ def ending_of(rank: int, phase: str, kind: str, failing: int) -> str:
     layout: Any = SimpleNamespace(world_size=2, control=dist.group.WORLD)
     engine: Any = Engine(phase if rank == failing else None, kind)
 
-    def export() -> Iterator[tuple[str, torch.Tensor]]:
+    def export(weights: str) -> Iterator[tuple[str, torch.Tensor]]:
         for name in ("a", "b", "c"):  # collective, as the policy's: every rank must drain it
             tensor = torch.ones(2)
             dist.all_reduce(tensor)
             yield name, tensor
 
+    policy: Any = SimpleNamespace(export=export, onload=lambda: None)
     try:
         with agreed(layout):
             engine.generate()
-        put_to_sleep(engine, layout)
-        hand_over(export(), engine, layout, version=1)
+        put_to_sleep(policy, engine, layout)
+        hand_over(policy, engine, layout, version=1)
     except (RolloutFailed, Abandoned, UnusableInput) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
