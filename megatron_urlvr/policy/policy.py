@@ -282,7 +282,7 @@ class Policy:
     # -- memory for others --------------------------------------------------------------------------------------------
 
     def offload(self) -> None:
-        """Give the device memory that updates alone need to whoever shares the device, until `onload`: gradient buffers,
+        """Give the memory that updates alone need to whoever shares the device, until `onload`: gradient buffers,
         4 bytes for each of this rank's parameters, which hold nothing between updates.
 
         Weights stay, for saving and snapshots; masters and moments go with `optim.offload`.
