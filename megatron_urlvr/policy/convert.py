@@ -3,8 +3,8 @@
     safetensors ─► rows, in the order of rule.merge ─► one chunk of a `torch_dist` checkpoint, any layout reads it
     chunks of any layout's checkpoint ─► rows, in the order of rule.split ─► safetensors with an index
 
-The kernel copies the rows from file to file. Only what a checkpoint holds in columns (tensor parallel) is put together
-in memory, a parameter at a time. Ranks (torchrun) share the files among them; bits and types are kept.
+Rows go from file to file through a small buffer. Only what a checkpoint holds in columns (tensor parallel) is put
+together in memory, a parameter at a time. Ranks (torchrun) share the files among them; bits and types are kept.
 Megatron stores a parameter of all layers under one key, stacked: `decoder.layers.mlp.linear_fc2.weight`,
 `[layers, ...]`, experts stacked once more behind the layers.
 """

@@ -1,6 +1,5 @@
-"""Rows copied from file to file hold what indexing in memory gives, whoever copies; files that end early are named."""
+"""Rows copied from file to file lie as indexing in memory puts them, at any pace; files that end early are named."""
 
-import errno
 import os
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 from megatron_urlvr.exit_codes import UnusableInput
+from megatron_urlvr.policy import rows
 from megatron_urlvr.policy.rows import PADDING, Copier, Rows, numbered, runs
 
 WIDTH = 96
@@ -16,22 +16,13 @@ HEAD = 13
 """Bytes before the rows of every file."""
 
 
-@pytest.fixture(params=["by the kernel", "across file systems", "a file system that says nothing", "a few at a time"])
-def kernel(request, monkeypatch):
-    real = os.copy_file_range
-
-    def refuses(*_: object) -> int:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
-    def few(source: int, target: int, count: int, source_at: int, target_at: int) -> int:
-        return real(source, target, min(count, 50), source_at, target_at)
-
-    stand_ins = {
-        "across file systems": refuses,
-        "a file system that says nothing": lambda *_: 0,
-        "a few at a time": few,
-    }
-    monkeypatch.setattr(os, "copy_file_range", stand_ins.get(request.param, real))
+@pytest.fixture(params=["at once", "a few bytes at a time"])
+def pace(request, monkeypatch):
+    if request.param == "at once":
+        return
+    real = os.pwrite
+    monkeypatch.setattr(rows, "BUFFER", 50)
+    monkeypatch.setattr(os, "pwrite", lambda target, data, at: real(target, data[:7], at))
 
 
 @pytest.fixture
@@ -60,7 +51,7 @@ def copied(numbers: torch.Tensor, held: list[Rows], path: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_in_any_order_with_padding_between_them_lie_as_indexing_puts_them(
-    kernel, whole, held, tmp_path: Path, seed: int
+    pace, whole, held, tmp_path: Path, seed: int
 ):
     blocks = torch.arange(1, 41).view(10, 4)[torch.randperm(10, generator=torch.Generator().manual_seed(seed))]
     numbers = torch.cat(
@@ -78,7 +69,7 @@ def test_rows_that_follow_each_other_are_one_copy():
     assert numbered((2,), 1).tolist() == [1, 2]
 
 
-def test_a_file_that_ends_within_the_rows_is_named(kernel, held, tmp_path: Path):
+def test_a_file_that_ends_within_the_rows_is_named(pace, held, tmp_path: Path):
     os.truncate(tmp_path / "b", HEAD + 20 * WIDTH)
     with pytest.raises(UnusableInput, match=f"^{tmp_path / 'b'}: it ends too early; copy it again$"):
         copied(numbered((28,), 1), held, tmp_path / "out")
