@@ -87,7 +87,7 @@ class Trainer(Progress):
             metrics["tokens/total"] = self.tokens
             metrics |= self.watch.observe(self.step, metrics)
             metrics |= self.serve(metrics)
-            self.complete(metrics | self.timings(metrics["tokens/step"], time.perf_counter() - started))
+            self.complete(metrics | self.timings(metrics, time.perf_counter() - started))
             self.save_if_due()
             self.watch.act()
         self.save()

@@ -97,8 +97,13 @@ class Progress:
         yield
         self.seconds[name] = time.perf_counter() - started
 
-    def timings(self, tokens: float, seconds: float) -> dict[str, float]:
-        """Seconds of each phase and of the step, and sampled tokens a second."""
-        phases = {f"time/{name}": value for name, value in self.seconds.items()}
+    def timings(self, metrics: Mapping[str, float], seconds: float) -> dict[str, float]:
+        """Seconds of each phase and of the step; sampled tokens a second; and what the update's model FLOPs come to, a
+        rank and second. `metrics` are those of the step."""
+        found = {f"time/{name}": value for name, value in self.seconds.items()}
+        found |= {"time/step": seconds, "time/tokens_per_second": metrics["tokens/step"] / seconds}
+        if "train/tflop" in metrics:
+            tflop = metrics["train/tflop"] * self.config.updates_per_step
+            found["time/tflops_per_rank"] = tflop / self.seconds["update"] / self.parts.layout.world_size
         self.seconds = {}
-        return phases | {"time/step": seconds, "time/tokens_per_second": tokens / seconds}
+        return found

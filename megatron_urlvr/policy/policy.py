@@ -206,6 +206,7 @@ class Policy:
             if self.ema is not None:
                 self.ema.track()
         metrics["train/lr"] = lr
+        metrics["train/tflop"] = 3 * spread.flops / 1e12
         return metrics
 
     def _reduce(self, found: list[dict[str, torch.Tensor]]) -> dict[str, float]:

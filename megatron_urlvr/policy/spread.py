@@ -33,18 +33,22 @@ class Spread:
         """`balance/before`, `balance/after`: the costliest replica's FLOPs over the mean, as rows came and as they are
         computed; `balance/moved`: share of the rows that moved. Empty without replicas."""
         self._moved = 0
-        if layout.dp == 1:
-            return
-        tables: list[list[list[int]]] = gather_json(_sizes(rows), layout.peers)
+        alone = layout.dp == 1
+        tables: list[list[list[int]]] = [_sizes(rows)] if alone else gather_json(_sizes(rows), layout.peers)
         self._sizes = [size for table in tables for size in table]
         items, self._homes = _items(tables, cost, share_prefix=share_prefix)
+        loads = [load(part, items) for part in self._homes]
+        self.flops = sum(loads)
+        """Of a forward pass over the rows of all replicas; a prompt that rows of one replica share counts once."""
+        if alone:
+            return
         self._places = level(self._homes, items)
         pairs = zip(self._homes, self._places, strict=True)
         self._moved = sum(len(set(home) - set(place)) for home, place in pairs)
         if self._moved:
             self.rows = self._exchange()
         self.metrics = {
-            "balance/before": excess([load(part, items) for part in self._homes]),
+            "balance/before": excess(loads),
             "balance/after": excess([load(part, items) for part in self._places]),
             "balance/moved": self._moved / len(items) if items else 0.0,
         }

@@ -8,6 +8,7 @@ import pytest
 import torch
 from gradients import hf_gradients, policy_gradients, relative_differences, weigh_equally
 from tiny_models import hf_model, oracle_stats, random_rows
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_urlvr.algorithms.losses import LossInputs, build_loss
 from megatron_urlvr.config.algorithm import KLSection, LossSection
@@ -262,3 +263,16 @@ def test_gradients_leave_their_memory_to_others_between_updates_and_change_nothi
 def gradient_bytes(policy: Policy) -> int:
     """Of all gradient buffers."""
     return sum(buffer.grad_data.untyped_storage().nbytes() for chunk in policy.trained for buffer in chunk.buffers)
+
+
+def test_the_model_flops_of_an_update_are_three_forward_passes_by_torchs_counter(make_policy, folders):
+    policy = make_policy(optim=OptimSection(lr=1e-3), parallel={"share_prefix": False})
+    batch, reference, counted = trained_rows(folders["untied"]), hf_model(folders["untied"]), 0
+    for row in batch:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            reference(torch.tensor([[*row.prompt, *row.response[:-1]]]), logits_to_keep=len(row.response))
+        counted += counter.get_total_flops()
+    found = policy.update(batch, clip_loss(), lr=1e-3)["train/tflop"]
+    # Causal attention is half of the square that the counter sees.
+    assert found == pytest.approx(3 * counted / 1e12, rel=0.1)
+    assert found < 3 * counted / 1e12
