@@ -90,7 +90,7 @@ def ending_of(rank: int, phase: str, kind: str, failing: int) -> str:
             dist.all_reduce(tensor)
             yield name, tensor
 
-    policy: Any = SimpleNamespace(export=export, onload=lambda: None)
+    policy: Any = SimpleNamespace(export=export, offload=lambda: None, onload=lambda: None)
     try:
         with agreed(layout):
             engine.generate()
