@@ -42,8 +42,9 @@ class RandomOptions(Section):
 
 @register
 class Random(Reward[RandomOptions]):
-    """A coin for each sample. It is drawn from the run's seed, the prompt's id and the sample's index, so that it is
-    the same whichever process scores the sample and whatever stands beside it."""
+    """A coin for each sample. It is drawn from the run's seed, the prompt's id, the sample's index and the version of its
+    weights, so that it is the same whichever process scores the sample and whatever stands beside it, and another when
+    the prompt is met again."""
 
     name = "random"
     needs = frozenset[str]()
@@ -190,9 +191,7 @@ class PermutedTruth(Reward[NoOptions]):
 
 
 def _draws(seed: int, group: Group, samples: Sequence[Sample]) -> list[float]:
-    """A number in [0, 1) for each sample, from the seed, the prompt's id and the sample's index alone."""
+    """A number in [0, 1) for each sample, from the seed, the prompt's id, the sample's index and its version alone."""
     key = hashlib.blake2b(f"{seed}\0{group.prompt.id}".encode(), digest_size=16).digest()
-    return [
-        int.from_bytes(hashlib.blake2b(b"%d" % sample.index, digest_size=8, key=key).digest(), "big") / 2**64
-        for sample in samples
-    ]
+    names = (b"%d/%d" % (sample.version, sample.index) for sample in samples)
+    return [int.from_bytes(hashlib.blake2b(name, digest_size=8, key=key).digest(), "big") / 2**64 for name in names]

@@ -39,12 +39,15 @@ def test_random_is_the_same_whatever_stands_beside_the_sample(make_group):
     assert make("random", seed=5).score(part).tolist() == [scores[9], scores[3], scores[12]]
 
 
-def test_random_depends_on_seed_prompt_and_index(make_group):
-    def draw(seed, prompt):
-        return tuple(make("random", seed=seed).score(make_group(prompt, lengths=[1] * 32)).tolist())
+def test_random_depends_on_seed_prompt_index_and_version(make_group):
+    def draw(seed, prompt, version=0):
+        group = make_group(prompt, lengths=[1] * 32)
+        for sample in group.samples:
+            sample.version = version
+        return tuple(make("random", seed=seed).score(group).tolist())
 
     assert draw(0, "a") == draw(0, "a")
-    assert len({draw(0, "a"), draw(1, "a"), draw(0, "b"), draw(1, "b")}) == 4
+    assert len({draw(0, "a"), draw(1, "a"), draw(0, "b"), draw(1, "b"), draw(0, "a", 1), draw(0, "a", 2)}) == 6
     assert len(set(draw(0, "a"))) == 2
 
 
