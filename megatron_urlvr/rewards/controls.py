@@ -42,9 +42,9 @@ class RandomOptions(Section):
 
 @register
 class Random(Reward[RandomOptions]):
-    """A coin for each sample. It is drawn from the run's seed, the prompt's id, the sample's index and the version of its
-    weights, so that it is the same whichever process scores the sample and whatever stands beside it, and another when
-    the prompt is met again."""
+    """A coin for each sample, drawn from the run's seed, the prompt's id, the sample's index and the version of its
+    weights: the same whichever process scores the sample and whatever stands beside it, and another when the prompt is
+    met again."""
 
     name = "random"
     needs = frozenset[str]()
