@@ -8,6 +8,7 @@ onset that the collapse detector finds. A run that never gets there is censored 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -45,8 +46,9 @@ def first_below(curve: Curve, threshold: float, *, smoothing: int = 1, persisten
     """
     if len(curve) < smoothing:
         return None
-    means = np.convolve(curve.values, np.full(smoothing, 1.0 / smoothing), mode="valid")
-    below = means < threshold
+    windows = np.lib.stride_tricks.sliding_window_view(curve.values, smoothing)
+    # sums rounded once, on both sides: a mean at the threshold itself must not fall below it by rounding
+    below = np.array([math.fsum(window) < threshold * smoothing for window in windows])
     for k in np.flatnonzero(below):
         if below[k : k + persistence].all():
             return int(curve.steps[k + smoothing - 1])

@@ -33,6 +33,12 @@ def test_the_papers_rule_is_the_first_step_below():
     assert first_below(curve([0.5, 0.01]), 0.01) is None  # at the threshold is not below it
 
 
+@pytest.mark.parametrize("smoothing", [2, 3, 5, 6, 7, 9])
+@pytest.mark.parametrize("threshold", [0.01, 0.02, 0.05, 0.1])
+def test_a_mean_at_the_threshold_is_not_below_it_however_many_steps_it_is_over(smoothing, threshold):
+    assert first_below(curve([0.5] * 9 + [threshold] * 20), threshold, smoothing=smoothing) is None
+
+
 def test_smoothing_and_persistence_pass_over_a_single_bad_batch():
     values = [0.5, 0.0, 0.5, 0.5, 0.004, 0.003, 0.0, 0.0]
     assert first_below(curve(values), 0.01) == 2
