@@ -189,7 +189,10 @@ def _interval(found: FloatArray, level: float) -> tuple[float | None, float | No
 
 
 def supervised_gain(run: RunRecord, eval_set: str) -> float | None:
-    """Sampled accuracy at the end minus at the start of a run with labels; None where the set was not measured."""
+    """Sampled accuracy at the end minus at the start of a run with labels; None where the set was not measured, or the
+    run has not come to its end."""
+    if run.status.get("state") not in ("done", "stopped"):
+        return None
     curve, _ = run.accuracy(eval_set)
     return float(curve.values[-1] - curve.values[0]) if len(curve) else None
 

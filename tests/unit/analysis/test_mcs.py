@@ -81,6 +81,11 @@ def test_a_run_is_measured_by_labels_and_without_them_and_censored(tmp_path: Pat
     assert pass_gain(dies, "held_out") is None
 
 
+@pytest.mark.parametrize("state", ["running", "failed", "preempted"])
+def test_a_run_that_has_not_come_to_its_end_has_no_gain(tmp_path: Path, state: str):
+    assert supervised_gain(load_run(make_run(tmp_path / "run", "truth", state=state)), "held_out") is None
+
+
 def _with_tokens(folder: Path) -> Path:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
