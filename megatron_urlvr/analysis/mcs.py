@@ -8,6 +8,7 @@ onset that the collapse detector finds. A run that never gets there is censored 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -45,8 +46,9 @@ def first_below(curve: Curve, threshold: float, *, smoothing: int = 1, persisten
     """
     if len(curve) < smoothing:
         return None
-    means = np.convolve(curve.values, np.full(smoothing, 1.0 / smoothing), mode="valid")
-    below = means < threshold
+    windows = np.lib.stride_tricks.sliding_window_view(curve.values, smoothing)
+    # sums rounded once, on both sides: a mean at the threshold itself must not fall below it by rounding
+    below = np.array([math.fsum(window) < threshold * smoothing for window in windows])
     for k in np.flatnonzero(below):
         if below[k : k + persistence].all():
             return int(curve.steps[k + smoothing - 1])
@@ -187,7 +189,10 @@ def _interval(found: FloatArray, level: float) -> tuple[float | None, float | No
 
 
 def supervised_gain(run: RunRecord, eval_set: str) -> float | None:
-    """Sampled accuracy at the end minus at the start of a run with labels; None where the set was not measured."""
+    """Sampled accuracy at the end minus at the start of a run with labels; None where the set was not measured, or the
+    run has not come to its end."""
+    if run.status.get("state") not in ("done", "stopped"):
+        return None
     curve, _ = run.accuracy(eval_set)
     return float(curve.values[-1] - curve.values[0]) if len(curve) else None
 

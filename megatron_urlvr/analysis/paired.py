@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,19 +58,22 @@ def read_table(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _row(line: str) -> dict[str, Any] | None:
-    """An object with an id and at least one measure, measures being numbers or null; None for another."""
+    """An object with an id and at least one measure, measures being finite numbers or null; None for another."""
     try:
         row = json.loads(line)
     except ValueError:
         return None
     if not isinstance(row, dict) or "id" not in row or not any(name in row for name in MEASURES):
         return None
-    numbers = all(row.get(name) is None or isinstance(row[name], int | float) for name in MEASURES)
+    numbers = all(
+        row.get(name) is None or (isinstance(row[name], int | float) and math.isfinite(row[name])) for name in MEASURES
+    )
     return row if numbers else None
 
 
 def compare(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]]) -> list[Comparison]:
-    """All measures that both tables have. UnusableInput where they are not of the same problems."""
+    """All measures that both tables have of every problem. UnusableInput where there is none, or where they are not of
+    the same problems."""
     if one.keys() != other.keys():
         differing = sorted(one.keys() ^ other.keys())
         raise UnusableInput(
@@ -87,4 +91,8 @@ def compare(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[st
         better, worse = int((gaps > 0).sum()), int((gaps < 0).sum())
         means = float(first.mean()), float(second.mean()), float(gaps.mean())
         out.append(Comparison(measure, len(pairs), *means, low, high, better, worse))
+    if not out:
+        raise UnusableInput(
+            f"the tables have no measure in common: both must say one of {', '.join(MEASURES)} of every problem."
+        )
     return out

@@ -8,14 +8,13 @@ the Bootstrap, 1993, ch. 13: the percentile interval).
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from .curves import FloatArray, IntArray
-from .runs import RunError
+from .reading import RunError, read_objects
 
 RESAMPLES = 10_000
 _CHUNK = 256
@@ -64,15 +63,13 @@ def evals_file(run: Path, eval_set: str) -> Path:
 def load_problem_accuracy(run: Path, eval_set: str) -> ProblemAccuracy | None:
     """Read `evals/<set>.jsonl`: a line an evaluation, `{"step", "correct": [right samples of each problem], "n"}`.
 
-    None when the run has no such file. RunError when it is broken or its problems change along the run.
+    None when the run has no such file. A last line that is still being written is passed over. RunError when it is
+    broken inside or its problems change along the run.
     """
     path = evals_file(run, eval_set)
-    if not path.is_file():
-        return None
     by_step: dict[int, FloatArray] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, row in enumerate(read_objects(path), start=1):
         try:
-            row = json.loads(line)
             if row["n"] < 1:
                 raise ValueError("n must be at least 1")
             by_step[int(row["step"])] = np.asarray(row["correct"], dtype=np.float64) / row["n"]
@@ -84,6 +81,16 @@ def load_problem_accuracy(run: Path, eval_set: str) -> ProblemAccuracy | None:
         raise RunError(f"{path}: the number of problems is not the same at every step")
     steps = sorted(by_step)
     return ProblemAccuracy(np.asarray(steps, dtype=np.int64), np.stack([by_step[step] for step in steps]))
+
+
+def peak_step(select: ProblemAccuracy, measure: ProblemAccuracy) -> int:
+    """The step with the highest accuracy on `select`, the earliest of equals, of those that `measure` has too: a run
+    that goes on may be between the evaluations of its two sets. ValueError where there is none."""
+    means = np.where(np.isin(select.steps, measure.steps), select.accuracy.mean(axis=1), -1.0)
+    best = int(np.argmax(means))
+    if means[best] < 0:
+        raise ValueError("no step was evaluated on both sets")
+    return int(select.steps[best])
 
 
 def bootstrap_mean_interval(
@@ -104,20 +111,20 @@ def bootstrap_mean_interval(
 def peak_statistics(
     select: ProblemAccuracy, measure: ProblemAccuracy, *, seed: int = 0, resamples: int = RESAMPLES, level: float = 0.95
 ) -> PeakStatistics:
-    """Start, peak and end on `measure`, the peak's step chosen on `select` (the earliest of equals; the start counts).
+    """Start, peak and end on `measure`, the peak's step chosen on `select` (`peak_step`; the start counts).
 
-    Raises ValueError when the chosen step was not evaluated on `measure`, or `measure` has no evaluation at the start.
+    Raises ValueError when `measure` has no evaluation at the start.
     """
-    peak_step = int(select.steps[np.argmax(select.accuracy.mean(axis=1))])
+    chosen = peak_step(select, measure)
     try:
-        start, peak = measure.at(int(select.steps[0])), measure.at(peak_step)
+        start, peak = measure.at(int(select.steps[0])), measure.at(chosen)
     except KeyError as error:
         raise ValueError(f"the measuring set was not evaluated at step {error}, as the selecting set was") from error
     paired = peak - start
     low, high = bootstrap_mean_interval(paired, seed=seed, resamples=resamples, level=level)
     return PeakStatistics(
         start=float(start.mean()),
-        peak_step=peak_step,
+        peak_step=chosen,
         peak=float(peak.mean()),
         end=float(measure.accuracy[-1].mean()),
         difference=float(paired.mean()),

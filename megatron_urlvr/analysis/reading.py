@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def read_objects(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl. RunError for one without a step, or with a value that is neither number nor null."""
+    """Rows of a metrics.jsonl; what is not finite is None, as runs write it. RunError for a row without a step, or with
+    a value that is neither number nor null."""
     rows = read_objects(path)
     for row in rows:
         if type(row.get("step")) is not int:
@@ -69,6 +71,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         for name, value in row.items():
             if value is not None and type(value) not in (int, float):
                 raise RunError(f"{path}, step {row['step']}: {name} = {value!r} is no number")
+            if value is not None and not abs(value) <= sys.float_info.max:  # NaN too
+                row[name] = None
     return rows
 
 

@@ -173,20 +173,46 @@ class Series:
 
 
 def load_run(path: Path, label: str | None = None) -> RunRecord:
-    """Read a run folder. RunError when it has no readable config.yaml or its metrics.jsonl is broken inside."""
+    """Read a run folder. RunError when its config.yaml is none of a run, or its metrics.jsonl is broken inside."""
     config = read_settings(path / "config.yaml")
-    if not isinstance(config.get("run"), dict) or "name" not in config["run"]:
-        raise RunError(f"{path / 'config.yaml'} is no config of a run: it has no run.name")
+    if problem := _not_a_run(config):
+        raise RunError(f"{path / 'config.yaml'} is no config of a run: {problem}")
     rows = {row["step"]: row for row in read_metrics(path / "metrics.jsonl")}
     record = RunRecord(
         path=path,
         config=config,
         rows=[rows[step] for step in sorted(rows)],
         status=read_object(path / "status.json"),
-        labels=read_object(path / "labels.json"),
+        labels=_read_labels(path / "labels.json"),
     )
     record.label = record.name if label is None else label
     return record
+
+
+def _read_labels(path: Path) -> dict[str, Any]:
+    """What a run says of its use of labels; empty when it does not. RunError for what counts no uses."""
+    found = read_object(path)
+    uses = found.get("uses", {})
+    if not isinstance(uses, dict) or not all(isinstance(count, int | float) for count in uses.values()):
+        raise RunError(f"{path}: uses = {uses!r} counts no uses of labels")
+    return found
+
+
+def _not_a_run(config: Mapping[str, Any]) -> str:
+    """Which of the settings that are read here is not what a run's is; empty when all are. Sections may be absent."""
+    if not isinstance(config.get("run"), dict) or "name" not in config["run"]:
+        return "it has no run.name"
+    for key in ("model", "eval", "eval.sets", "reward", "reward.terms"):
+        section: Any = config
+        for part in key.split("."):
+            section = section.get(part, {})
+        if not isinstance(section, dict):
+            return f"{key} = {section!r} is no section"
+    for label, term in config.get("reward", {}).get("terms", {}).items():
+        weighed = isinstance(term, dict) and isinstance(term.get("weight", 1.0), int | float)
+        if not weighed or "name" not in term:
+            return f"reward.terms.{label} = {term!r} is no term"
+    return ""
 
 
 def tell_bases_apart(series: Iterable[Series]) -> None:

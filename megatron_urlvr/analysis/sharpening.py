@@ -30,16 +30,19 @@ Floats = NDArray[np.float64]
 
 
 def policy(weights: ArrayLike) -> Floats:
-    """A tabular policy from positive weights `[K]`. ValueError for others, or fewer than two."""
+    """A tabular policy from positive weights `[K]`. ValueError for others, fewer than two, or an infinite sum."""
     table = np.asarray(weights, dtype=np.float64)
-    if table.ndim != 1 or len(table) < 2 or not np.isfinite(table).all() or (table <= 0).any():
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(table.sum())
+    if table.ndim != 1 or len(table) < 2 or not finite or (table <= 0).any():
         raise ValueError(f"a tabular policy needs at least two positive weights, not {weights!r}")
     return table / table.sum()
 
 
 def regularised_optimum(reference: Floats, reward: Floats, beta: float) -> Floats:
     """`argmax_pi E_pi[reward] - beta KL(pi || reference)`, which is `reference exp(reward / beta) / Z`."""
-    tilted: Floats = np.log(reference) + reward / beta
+    with np.errstate(divide="ignore"):  # an answer whose mass has come to nothing stays there
+        tilted: Floats = np.log(reference) + reward / beta
     tilted = np.exp(tilted - tilted.max())
     return tilted / tilted.sum()
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from .curves import FloatArray
-from .peaks import ProblemAccuracy, evals_file, load_problem_accuracy
+from .peaks import ProblemAccuracy, evals_file, load_problem_accuracy, peak_step
 from .runs import RunRecord, Series
 
 # 97.5 % quantiles of Student's t by degrees of freedom, from 1.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-_NORMAL = 1.960
+_NORMAL = 1.959964
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,16 @@ def summarise_run(run: RunRecord, measure: str, select: str | None = None) -> Ru
     found, summary = load_problem_accuracy(run.path, measure), run.summary(measure)
     if found is None or summary is None:
         return None
-    chosen = load_problem_accuracy(run.path, select) if select else None
-    chosen = chosen or found
-    peak_step = int(chosen.steps[np.argmax(chosen.accuracy.mean(axis=1))])
+    selected = load_problem_accuracy(run.path, select) if select else None
+    chosen = peak_step(selected or found, found)
     right = base_majority(run.path, measure)
     proxy = run.ends_of("reward/proxy") or (None, None)
     return RunSummary(
         seed=run.seed,
-        peak_step=peak_step,
-        all=_part(found, np.ones(found.accuracy.shape[1], dtype=bool), peak_step) or Part(0, 0.0, 0.0, 0.0),
-        label_right=None if right is None else _part(found, right >= 0.5, peak_step),
-        label_wrong=None if right is None else _part(found, right < 0.5, peak_step),
+        peak_step=chosen,
+        all=_part(found, np.ones(found.accuracy.shape[1], dtype=bool), chosen) or Part(0, 0.0, 0.0, 0.0),
+        label_right=None if right is None else _part(found, right >= 0.5, chosen),
+        label_wrong=None if right is None else _part(found, right < 0.5, chosen),
         verdict=summary.verdict,
         proxy_start=proxy[0],
         proxy_end=proxy[1],
@@ -87,9 +86,20 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float] | None:
     if len(values) < 2:
         return None
     array = np.asarray(values, dtype=np.float64)
-    quantile = _T[len(array) - 2] if len(array) - 2 < len(_T) else _NORMAL
-    half = quantile * float(array.std(ddof=1)) / len(array) ** 0.5
+    half = _student(len(array) - 1) * float(array.std(ddof=1)) / len(array) ** 0.5
     return float(array.mean()), float(array.mean()) - half, float(array.mean()) + half
+
+
+def _student(freedom: int) -> float:
+    """97.5 % quantile of Student's t; beyond the table by its expansion around the normal one (Abramowitz and Stegun,
+    26.7.5), which is right to three decimals there."""
+    if freedom <= len(_T):
+        return _T[freedom - 1]
+    z = _NORMAL
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def write_summary(series: Sequence[Series], folder: Path, *, measure: str | None, select: str | None) -> Path | None:

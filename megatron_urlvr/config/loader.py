@@ -41,13 +41,15 @@ def load_config(path: str | Path, overrides: Sequence[str], model: type[ModelT])
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), model: type[Any] = Config) -> Any:
     """The validated config of `path` (a YAML file, or the folder of a run, which holds its `config.yaml`) with
-    `overrides` (`key.path=value`, values in YAML) laid over it as one layer.
+    `overrides` (`key.path=value`, values in YAML) laid over it as one layer. Of a folder, `run.dir` is that folder.
 
     Raises ConfigError, which lists every violation at once.
     """
-    path = config_file(path)
+    given, path = Path(path), config_file(path)
     layers = Layers(model)
     layers.add_file(path)
+    if given.is_dir():
+        layers.found_in(given)
     layers.add_overrides(overrides)
     config, violations = validate(model, layers.tree, layers.hints)
     if layers.violations or config is None:
@@ -106,6 +108,14 @@ class Layers:
         for parent in parents:
             self.add_file(path.parent / parent, (*chain, resolved))
         self._lay(layer)
+
+    def found_in(self, folder: Path) -> None:
+        """Let `run.dir` be the `folder` of the run where it says another: the folder was moved or copied, or the path
+        was relative to another working directory."""
+        run = self.tree.get("run")
+        written = run.get("dir") if isinstance(run, dict) else None
+        if isinstance(written, str) and Path(written).resolve() != folder.resolve():
+            self._lay({"run": {"dir": str(folder)}})
 
     def add_overrides(self, overrides: Sequence[str]) -> None:
         """Lay all overrides over the tree as one layer, so that their order matters only for one and the same key."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import inf
 
@@ -105,14 +106,15 @@ class SCRLVote(Reward[SCRLOptions]):
             if share < self.options.tau_low and float(own) >= float(entropy.mean()):
                 worth[cls] = -1.0
         winner = vote_of(group).winner
-        if winner is not None and self._clear(sorted(shares.values(), reverse=True)):
+        if winner is not None and self._clear(Counter(cls for cls in classes if cls is not None), len(classes)):
             worth[winner] = 1.0
         return torch.tensor([self.options.no_answer if cls is None else worth[cls] for cls in classes])
 
-    def _clear(self, shares: Sequence[float]) -> bool:
-        """Whether the largest of the descending `shares` is a consensus."""
-        lead = shares[0] - shares[1] if len(shares) > 1 else float("inf")
-        return shares[0] >= self.options.tau_pos and lead > self.options.tau_marg
+    def _clear(self, votes: Counter[int], n: int) -> bool:
+        """Whether the first of the answers with so many `votes` of `n` samples is a consensus."""
+        first, *others = sorted(votes.values(), reverse=True)
+        lead = (first - others[0]) / n if others else inf  # a difference of shares would be off by rounding
+        return first / n >= self.options.tau_pos and lead > self.options.tau_marg
 
     def counts(self, groups: Sequence[Group], scores: Sequence[torch.Tensor]) -> Sequence[Mapping[str, float]]:
         return [

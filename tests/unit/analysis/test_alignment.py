@@ -73,5 +73,10 @@ def test_tables_of_other_problems_or_no_tables_are_refused(tmp_path: Path, capsy
     (tmp_path / "broken").write_text("[]\n")
     with pytest.raises(UnusableInput, match="line 1 is no problem"):
         read_table(tmp_path / "broken")
+    (tmp_path / "undefined").write_text('{"id": "a", "avg": NaN}\n')
+    with pytest.raises(UnusableInput, match="line 1 is no problem"):
+        read_table(tmp_path / "undefined")
+    with pytest.raises(UnusableInput, match="no measure in common"):
+        compare({"a": {"avg": 0.5, "maj": None}}, {"a": {"maj": 0.5}})
     print_comparison(one, one)
     assert "+0.0000" in capsys.readouterr().out

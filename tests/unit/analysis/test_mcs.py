@@ -33,6 +33,12 @@ def test_the_papers_rule_is_the_first_step_below():
     assert first_below(curve([0.5, 0.01]), 0.01) is None  # at the threshold is not below it
 
 
+@pytest.mark.parametrize("smoothing", [2, 3, 5, 6, 7, 9])
+@pytest.mark.parametrize("threshold", [0.01, 0.02, 0.05, 0.1])
+def test_a_mean_at_the_threshold_is_not_below_it_however_many_steps_it_is_over(smoothing, threshold):
+    assert first_below(curve([0.5] * 9 + [threshold] * 20), threshold, smoothing=smoothing) is None
+
+
 def test_smoothing_and_persistence_pass_over_a_single_bad_batch():
     values = [0.5, 0.0, 0.5, 0.5, 0.004, 0.003, 0.0, 0.0]
     assert first_below(curve(values), 0.01) == 2
@@ -73,6 +79,11 @@ def test_a_run_is_measured_by_labels_and_without_them_and_censored(tmp_path: Pat
     assert sweep["precision"]["0.5"] < (sweep["precision"]["0.02"] or 101)
     assert supervised_gain(dies, "held_out") == pytest.approx(-0.27, abs=0.1)
     assert pass_gain(dies, "held_out") is None
+
+
+@pytest.mark.parametrize("state", ["running", "failed", "preempted"])
+def test_a_run_that_has_not_come_to_its_end_has_no_gain(tmp_path: Path, state: str):
+    assert supervised_gain(load_run(make_run(tmp_path / "run", "truth", state=state)), "held_out") is None
 
 
 def _with_tokens(folder: Path) -> Path:

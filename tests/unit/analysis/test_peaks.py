@@ -95,10 +95,23 @@ def test_broken_results_are_refused_with_a_sentence(tmp_path, lines, sentence):
         load_problem_accuracy(tmp_path, "measure")
 
 
-def test_a_measuring_set_that_lacks_the_chosen_step_is_refused():
-    select, measure = problems([0.1, 0.9, 0.1], 50, 0), problems([0.1], 50, 1)
-    with pytest.raises(ValueError, match="not evaluated at step 5"):
-        peak_statistics(select, measure)
+def test_the_peak_is_chosen_among_the_steps_that_both_sets_have():
+    """A run that is between the evaluations of its two sets has a step of the first one only."""
+    select, measure = problems([0.1, 0.6, 0.9], 50, 0), problems([0.1, 0.6], 50, 1)
+    assert peak_statistics(select, measure).peak_step == 5
+
+
+def test_a_measuring_set_that_lacks_the_start_is_refused():
+    select, measure = problems([0.1, 0.9, 0.1], 50, 0), problems([0.1, 0.6], 50, 1)
+    with pytest.raises(ValueError, match="not evaluated at step 0"):
+        peak_statistics(select, ProblemAccuracy(measure.steps + 5, measure.accuracy))
+
+
+def test_a_line_that_is_still_being_written_is_passed_over(tmp_path):
+    write(tmp_path, "measure", [{"step": 0, "correct": [1, 2], "n": 4}])
+    with (tmp_path / "evals/measure.jsonl").open("a") as file:
+        file.write('{"step": 5, "correct": [1, ')
+    assert load_problem_accuracy(tmp_path, "measure").steps.tolist() == [0]
 
 
 def write(folder, name, lines):

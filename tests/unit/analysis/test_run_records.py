@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from synthetic_runs import make_run
 
 from megatron_urlvr.analysis.curves import Curve, ends, mean_curve, summarize
@@ -80,6 +81,14 @@ def test_undefined_values_and_steps_that_lack_a_metric_are_left_out_of_its_curve
     assert run.metrics == ["x"]
 
 
+def test_values_that_are_not_finite_are_undefined(tmp_path):
+    rows = [{"step": 0, "x": float("nan")}, {"step": 1, "x": 0.5}, {"step": 2, "x": float("-inf")}]
+    run = load_run(write(tmp_path, [*rows, {"step": 3, "x": 10**400, "y": float("nan")}]))
+    assert run.curve("x").values.tolist() == [0.5]
+    assert run.metrics == ["x"]
+    assert run.first("y") is None
+
+
 def test_of_a_step_written_twice_the_later_line_counts(tmp_path):
     run = load_run(write(tmp_path, [{"step": 0, "x": 1.0}, {"step": 1, "x": 2.0}, {"step": 1, "x": 3.0}]))
     assert run.curve("x").values.tolist() == [1.0, 3.0]
@@ -102,6 +111,32 @@ def test_a_folder_that_is_no_run_is_refused_with_a_sentence(tmp_path):
     (tmp_path / "config.yaml").write_text("snapshots: {}\n")
     with pytest.raises(RunError, match=r"it has no run\.name"):
         load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"eval": None}, "eval = None is no section"),
+        ({"eval": {"sets": [1]}}, r"eval\.sets = \[1\] is no section"),
+        ({"model": "bases/weak"}, "model = 'bases/weak' is no section"),
+        ({"reward": {"terms": {"main": "majority_vote"}}}, r"reward\.terms\.main = 'majority_vote' is no term"),
+        ({"reward": {"terms": {"main": {"name": "rent", "weight": None}}}}, r"reward\.terms\.main = .* is no term"),
+    ],
+)
+def test_a_config_of_another_shape_than_a_runs_is_refused_with_a_sentence(tmp_path, changed, sentence):
+    folder = make_run(tmp_path / "run")
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump({**settings, **changed}))
+    with pytest.raises(RunError, match=sentence):
+        load_run(folder)
+
+
+@pytest.mark.parametrize("uses", [None, ["audit"], {"audit": None}])
+def test_a_record_of_label_use_that_counts_none_is_refused_with_a_sentence(tmp_path, uses):
+    folder = make_run(tmp_path / "run")
+    (folder / "labels.json").write_text(json.dumps({"supervised": False, "uses": uses}))
+    with pytest.raises(RunError, match=r"labels\.json: uses = .* counts no uses of labels"):
+        load_run(folder)
 
 
 def test_an_unfinished_run_says_how_far_it_came_and_why_it_ended(tmp_path):

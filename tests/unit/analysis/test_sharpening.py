@@ -57,6 +57,14 @@ def test_a_moving_reference_multiplies_the_odds_and_goes_to_one(beta):
         np.testing.assert_allclose(rest[5] / rest[5].sum(), rest[0] / rest[0].sum(), atol=1e-12)
 
 
+def test_a_mass_that_came_to_nothing_stays_there_without_a_warning():
+    with np.errstate(all="raise", under="ignore"):
+        path = iterate(policy([0.6, 0.4]), beta=0.05, steps=60)
+    assert path[-1].tolist() == [1.0, 0.0]
+    with pytest.raises(ValueError, match="positive weights"):
+        policy([1e308, 1e308])
+
+
 def test_the_rate_of_full_steps_is_exp_of_minus_one_over_beta_in_the_limit():
     path = iterate(policy([0.4, 0.35, 0.25]), beta=1.0, steps=12)
     missing = 1 - path[:, 0]

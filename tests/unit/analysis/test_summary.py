@@ -52,6 +52,13 @@ def test_the_interval_over_seeds_is_students():
     assert mean_interval([0.3]) is None
 
 
+@pytest.mark.parametrize(("seeds", "quantile"), [(16, 2.131), (17, 2.120), (21, 2.086), (31, 2.042), (101, 1.984)])
+def test_the_interval_is_students_over_however_many_seeds(seeds, quantile):
+    values = np.random.default_rng(0).random(seeds)
+    mean, _, high = mean_interval(values.tolist())
+    assert (high - mean) / (values.std(ddof=1) / seeds**0.5) == pytest.approx(quantile, abs=5e-4)
+
+
 def test_a_studys_summary_has_a_row_a_series(tmp_path: Path):
     runs = [load_run(with_majorities(make_run(tmp_path / f"s{k}", "dies", seed=k), 0.5)) for k in range(3)]
     page = write_summary([Series("entropy", runs)], tmp_path / "report", measure="held_out", select=None)

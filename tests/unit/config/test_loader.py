@@ -161,6 +161,17 @@ def test_the_folder_of_a_run_stands_for_its_config(write, tmp_path):
     assert load_config(path.parent).run.name == "small"
 
 
+def test_the_folder_of_a_run_is_its_run_dir_wherever_it_was_moved(write, tmp_path):
+    """Else a copy would be measured, and written to, in the place of the original."""
+    path = write(name="runs/moved/config.yaml")
+    assert load_config(path).run.dir != str(path.parent)
+    assert load_config(path.parent).run.dir == str(path.parent)
+    assert load_config(path.parent, ["run.dir=elsewhere"]).run.dir == "elsewhere"
+    written = tmp_path / "runs/./moved"
+    path.write_text(to_yaml(load_config(path, [f"run.dir={written}/"])))
+    assert load_config(path.parent) == load_config(path)  # one place, however it is spelt
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -60,7 +60,8 @@ def test_selective_votes_follow_the_published_rule(random_groups):
         entropy = [float(sample.stats.entropy.double().mean()) for sample in group.samples]
         share = {c: classes.count(c) / n for c in classes if c is not None}
         ranked = sorted(share.values(), reverse=True)
-        clear = bool(ranked) and ranked[0] >= 0.4 and (len(ranked) == 1 or ranked[0] - ranked[1] > 0.1)
+        votes = [round(each * n) for each in ranked]
+        clear = bool(ranked) and 10 * votes[0] >= 4 * n and (len(votes) == 1 or 10 * (votes[0] - votes[1]) > n)
         positive = winner_of(classes) if clear else None
         expected = []
         for c in classes:
@@ -75,6 +76,16 @@ def test_selective_votes_follow_the_published_rule(random_groups):
         kinds.update(expected)
         assert reward.score(group).tolist() == expected
     assert {-1.0, 0.0, 1.0} <= kinds.keys()
+
+
+@pytest.mark.parametrize("n", [20, 40, 60])
+def test_a_lead_of_just_the_margin_is_no_clear_majority(make_group, n):
+    """With 20 samples 10 votes against 7 lead by .15, and 11 against 7 by more."""
+    for first, paid in ((n // 2, 0), (n // 2 + 1, n // 2 + 1)):
+        second = n // 2 - 3 * n // 20
+        classes = [0] * first + [first] * second + [None] * (n - first - second)
+        scores = make("scrl_vote", tau_marg=0.15).score(make_group(classes=classes, entropy=[[1.0]] * n))
+        assert int((scores > 0).sum()) == paid
 
 
 def test_a_rare_answer_is_only_punished_when_it_was_uncertain(make_group):
