@@ -215,6 +215,8 @@ def _load_weights_and_optimizer(policy: Policy, path: Path, *, stepped: bool) ->
     elif optimizer is not None:
         for part in optimizer.parts:
             part.optimizer.state.clear()
+            for group in part.optimizer.param_groups:  # where Transformer Engine's Adam counts its steps
+                group.pop("step", None)
         optimizer.megatron.reload_model_params()
     return loaded
 

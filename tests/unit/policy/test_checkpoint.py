@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_fused_adam import take_fused_adam
 from full_disk import files_of_at_most
 from test_weights import Likelihood, rows
 
@@ -125,6 +126,39 @@ def test_a_policy_that_was_never_stepped_is_saved_and_loaded(make, tmp_path):
     for name, tensor in everything(policy).items():
         if name.startswith("weight"):
             assert torch.equal(everything(other)[name], tensor), name
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["plain optimizer", "distributed optimizer"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformer_engines_adam_goes_on_from_a_checkpoint_of_a_run_that_was_continued(
+    make_policy, monkeypatch, tmp_path, distributed, dtype
+):
+    def make() -> Policy:
+        parallel = {"distributed_optimizer": distributed}
+        return make_policy(optim=SECTION, parallel=parallel, model={"dtype": dtype})
+
+    take_fused_adam(monkeypatch)
+    policy, other = make(), make()
+    train(policy, 2)
+    checkpoint.load(other, checkpoint.save(policy, tmp_path / "first", 2, TRAINER, keep=1))
+    train(policy, 1)
+    train(other, 1)
+    third = make()
+    checkpoint.load(third, checkpoint.save(other, tmp_path / "second", 3, TRAINER, keep=1))
+    train(policy, 2)
+    train(third, 2)
+    assert_same_bits(everything(third), everything(policy))
+
+
+def test_transformer_engines_adam_begins_anew_from_a_policy_that_was_never_stepped(make, monkeypatch, tmp_path):
+    take_fused_adam(monkeypatch)
+    policy, other = make(), make()
+    path = checkpoint.save(policy, tmp_path, 0, TRAINER, keep=1)
+    train(other, 3)
+    checkpoint.load(other, path)
+    train(policy, 2)
+    train(other, 2)
+    assert_same_bits(everything(other), everything(policy))
 
 
 def test_the_newest_are_kept_and_found_in_order_of_their_steps(make, tmp_path):
