@@ -35,6 +35,11 @@ def has_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
+def own_attention(share_prefix: bool) -> bool:
+    """Whether layers attend by this package's attention: Transformer Engine's knows no shared prefixes."""
+    return share_prefix or not has_transformer_engine()
+
+
 @dataclass(frozen=True)
 class Head:
     """What the statistics head is asked for in one pass."""
@@ -247,7 +252,6 @@ def layer_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
         )
         norm: Any = TENorm
-        own_attention = share_prefix
     else:
         spec = get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
@@ -260,8 +264,7 @@ def layer_spec(
         if config.qk_layernorm:
             attention = spec.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
-        own_attention = True
-    if own_attention:
+    if own_attention(share_prefix):
         spec.submodules.self_attention.submodules.core_attention = PackedAttention
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=norm)

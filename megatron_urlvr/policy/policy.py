@@ -36,7 +36,7 @@ from .balance import RowCost
 from .batch import Row, fewer_microbatches, level_microbatches, plan_microbatches
 from .hf.families import family_of
 from .hf.folder import read_config, write_folder
-from .model import FP8_ROWS, Head, build_chunks, has_transformer_engine, parameters_of
+from .model import FP8_ROWS, Head, build_chunks, has_transformer_engine, own_attention, parameters_of
 from .optimizer import NonFiniteError, PolicyOptimizer, wrap
 from .packing import PackedBatch, Share, pack, packed_length
 from .spread import Spread
@@ -251,7 +251,9 @@ class Policy:
         lengths = [packed_length(rows, part, **packing) for part in plan]
         length = max(lengths) if layout.pp > 1 else 0
         # Packed one by one, as they are asked for: the device works on one while the next is made.
-        batches = tee((pack(rows, part, length=length, **packing) for part in plan), len(self.chunks))
+        tables = own_attention(self.share_prefix)
+        packed = (pack(rows, part, length=length, tables=tables, **packing) for part in plan)
+        batches = tee(packed, len(self.chunks))
         for chunk in self.chunks:
             chunk.head = head
         collected = get_forward_backward_func()(

@@ -162,6 +162,21 @@ def test_shares_of_context_parallel_ranks_see_the_same_and_are_equally_large(
     assert sorted(made) == list(range(len(wanted)))
 
 
+def test_transformer_engines_attention_is_spared_the_tables_of_ours():
+    """Four ranks' masks of a sequence of 64k tokens would be of a gigabyte each."""
+    rows = [Row((1,) * 100, [2] * 65_000), Row((1,) * 100, [2] * 300)]
+    share = Share(4, 1)
+    batch = pack(rows, [0, 1], share_prefix=False, share=share, tables=False)
+    assert sum(x.nbytes for x in vars(batch).values() if isinstance(x, torch.Tensor)) < 64 * batch.length
+    assert (batch.segments, batch.restore.numel()) == ([], 0)
+    short = [Row((1,) * 100, [2] * 650), rows[1]]
+    with_tables, without = (pack(short, [0, 1], share_prefix=False, share=share, tables=t) for t in (True, False))
+    for name, value in vars(with_tables).items():
+        if name not in ("segments", "restore"):
+            same = torch.equal(value, getattr(without, name)) if isinstance(value, torch.Tensor) else None
+            assert value == getattr(without, name) if same is None else same, name
+
+
 def test_causal_attention_costs_all_shares_alike():
     lengths = torch.tensor([24, 48])
     for size in (2, 3):
