@@ -16,6 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from urlvr_kernels import TokenStats as KernelStats
 from urlvr_kernels import lm_head_stats
@@ -258,6 +259,8 @@ def layer_spec(
         )
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm = RMSNorm
         if config.num_moe_experts:
+            # Routers ask whether Transformer Engine's matmul is there by a name that exists only where it is (0.16.1).
+            moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
             # Checkpoints carry Transformer Engine's names, where the norm before experts stands alone.
             names = spec.submodules.sharded_state_dict_keys_map
             spec.submodules.sharded_state_dict_keys_map = {k: v for k, v in names.items() if "pre_mlp" not in k}
