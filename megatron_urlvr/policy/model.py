@@ -36,9 +36,10 @@ def has_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def own_attention(share_prefix: bool) -> bool:
-    """Whether layers attend by this package's attention: Transformer Engine's knows no shared prefixes."""
-    return share_prefix or not has_transformer_engine()
+def own_attention(share_prefix: bool, dtype: torch.dtype) -> bool:
+    """Whether layers attend by this package's attention: Transformer Engine's knows no shared prefixes, and no packed
+    sequences in float32."""
+    return share_prefix or dtype == torch.float32 or not has_transformer_engine()
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,8 @@ def layer_spec(
 ) -> TransformerBlockSubmodules:
     """Transformer Engine's layers where there are GPUs and it is installed, Megatron's local ones elsewhere.
 
-    Attention is Transformer Engine's for plain packed sequences, and this package's where prefixes are shared.
+    Attention is Transformer Engine's for plain packed sequences, and this package's where prefixes are shared and in
+    float32.
     """
     if has_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm
@@ -267,7 +269,7 @@ def layer_spec(
         if config.qk_layernorm:
             attention = spec.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
-    if own_attention(share_prefix):
+    if own_attention(share_prefix, config.params_dtype):
         spec.submodules.self_attention.submodules.core_attention = PackedAttention
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=norm)

@@ -88,9 +88,9 @@ class Policy:
             )
         self.pad_to = layout.tp * (1 if model.fp8 == "none" else FP8_ROWS)
         self.share = Share(layout.cp, layout.cp_rank)
-        self.share_prefix = _share_prefix(parallel)
-        self.cost = RowCost.of(self.hf)
         self.dtype = _dtype(model.dtype, layout.device)
+        self.share_prefix = _share_prefix(parallel, self.dtype)
+        self.cost = RowCost.of(self.hf)
         distributed = parallel.distributed_optimizer
         self.chunks = build_chunks(
             self.hf,
@@ -251,7 +251,7 @@ class Policy:
         lengths = [packed_length(rows, part, **packing) for part in plan]
         length = max(lengths) if layout.pp > 1 else 0
         # Packed one by one, as they are asked for: the device works on one while the next is made.
-        tables = own_attention(self.share_prefix)
+        tables = own_attention(self.share_prefix, self.dtype)
         packed = (pack(rows, part, length=length, tables=tables, **packing) for part in plan)
         batches = tee(packed, len(self.chunks))
         for chunk in self.chunks:
@@ -385,9 +385,9 @@ def _columns(rows: Sequence[Row], index: Sequence[int]) -> dict[str, torch.Tenso
     return columns
 
 
-def _share_prefix(parallel: ParallelSection) -> bool:
-    """Shared prefixes need this package's attention; Transformer Engine's is taken instead where it is there."""
-    return not has_transformer_engine() if parallel.share_prefix == "auto" else parallel.share_prefix
+def _share_prefix(parallel: ParallelSection, dtype: torch.dtype) -> bool:
+    """Shared prefixes need this package's attention; Transformer Engine's is taken instead where it can be."""
+    return own_attention(False, dtype) if parallel.share_prefix == "auto" else parallel.share_prefix
 
 
 def _dtype(wanted: str, device: torch.device) -> torch.dtype:
