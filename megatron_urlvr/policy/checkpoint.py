@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.storage import WriteResult
 
 from ..distributed.layout import broadcast_json, gather_json
-from .contents import METADATA, fingerprint, load_rng, save_rng, sharded_state, sizes
+from .contents import METADATA, fingerprint, load_rng, save_rng, sharded_state, sizes, take_weights
 from .integrity import MANIFEST, Entry, verify, write_manifest
 from .optimizer_faults import prepare_for_load
 from .policy import Policy
@@ -209,12 +209,14 @@ def _load_weights_and_optimizer(policy: Policy, path: Path, *, stepped: bool) ->
             prepare_for_load(optimizer)
     loaded = _read(sharded_state(policy, loading=True), path)
     for i, chunk in enumerate(policy.chunks):
-        chunk.load_state_dict(loaded[f"model{i}"])
+        take_weights(chunk, loaded[f"model{i}"])
     if optimizer is not None and stepped:
         optimizer.megatron.load_state_dict(loaded["optimizer"])
     elif optimizer is not None:
         for part in optimizer.parts:
             part.optimizer.state.clear()
+            for group in part.optimizer.param_groups:  # where Transformer Engine's Adam counts its steps
+                group.pop("step", None)
         optimizer.megatron.reload_model_params()
     return loaded
 

@@ -24,6 +24,9 @@ METADATA = {
     "distrib_optim_fully_reshardable_mem_efficient": True,
     "chained_optim_avoid_prefix": True,
 }
+EXTRA_STATE = "_extra_state"
+"""What layers would keep beside their parameters. Megatron's have nothing to keep, nor has Transformer Engine under
+`model.fp8`, whose scales are those of the tensors at hand. But it unpickles what it finds there."""
 
 
 def fingerprint(policy: Policy) -> dict[str, Any]:
@@ -65,7 +68,18 @@ def sharded_state(policy: Policy, *, loading: bool = False) -> dict[str, Any]:
 
 
 def _model_state(policy: Policy) -> dict[str, Any]:
-    return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
+    return {f"model{i}": _parameters_state(chunk) for i, chunk in enumerate(policy.chunks)}
+
+
+def _parameters_state(chunk: PolicyModel) -> dict[str, Any]:
+    return {name: entry for name, entry in chunk.sharded_state_dict().items() if not name.endswith(EXTRA_STATE)}
+
+
+def take_weights(chunk: PolicyModel, loaded: Mapping[str, Any]) -> None:
+    """Copy a checkpoint's weights into a chunk."""
+    found = chunk.load_state_dict(loaded, strict=False)
+    wrong = [*found.unexpected_keys, *(name for name in found.missing_keys if not name.endswith(EXTRA_STATE))]
+    assert not wrong, f"what was asked for is not what was loaded: {wrong}"
 
 
 def _with_tensors(chunk: PolicyModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -134,12 +134,6 @@ def _patch_random(random: Any) -> None:
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state" not in record.getMessage())
 
 
-def _patch_moe(moe_utils: Any) -> None:
-    """The router asks whether Transformer Engine's matmul is there by a name that exists only where it is (0.16.1)."""
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
-
-
 def _patch_dispatcher(token_dispatcher: Any) -> None:
     """The dispatcher of experts copies counts of tokens from CUDA to the host, where they are already, on a stream of
     its own; the counts to exchange, which the copying makes arrays of, are made lists."""
@@ -177,7 +171,6 @@ _PATCHES: Mapping[str, Callable[[Any], None]] = {
     "megatron.core.jit": _patch_jit,
     "megatron.core.tensor_parallel.mappings": _patch_mappings,
     "megatron.core.tensor_parallel.random": _patch_random,
-    "megatron.core.transformer.moe.moe_utils": _patch_moe,
     "megatron.core.transformer.moe.token_dispatcher": _patch_dispatcher,
 }
 """What else changes once a module has run."""

@@ -16,6 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from urlvr_kernels import TokenStats as KernelStats
 from urlvr_kernels import lm_head_stats
@@ -33,6 +34,12 @@ EXPERTS = "mlp.experts.local_experts."
 def has_transformer_engine() -> bool:
     """Whether Transformer Engine's layers can be used: installed, and a CUDA device is there."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def own_attention(share_prefix: bool, dtype: torch.dtype) -> bool:
+    """Whether layers attend by this package's attention: Transformer Engine's knows no shared prefixes, and no packed
+    sequences in float32."""
+    return share_prefix or dtype == torch.float32 or not has_transformer_engine()
 
 
 @dataclass(frozen=True)
@@ -238,7 +245,8 @@ def layer_spec(
 ) -> TransformerBlockSubmodules:
     """Transformer Engine's layers where there are GPUs and it is installed, Megatron's local ones elsewhere.
 
-    Attention is Transformer Engine's for plain packed sequences, and this package's where prefixes are shared.
+    Attention is Transformer Engine's for plain packed sequences, and this package's where prefixes are shared and in
+    float32.
     """
     if has_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm
@@ -247,21 +255,21 @@ def layer_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
         )
         norm: Any = TENorm
-        own_attention = share_prefix
     else:
         spec = get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
         )
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm = RMSNorm
         if config.num_moe_experts:
+            # Routers ask whether Transformer Engine's matmul is there by a name that exists only where it is (0.16.1).
+            moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
             # Checkpoints carry Transformer Engine's names, where the norm before experts stands alone.
             names = spec.submodules.sharded_state_dict_keys_map
             spec.submodules.sharded_state_dict_keys_map = {k: v for k, v in names.items() if "pre_mlp" not in k}
         if config.qk_layernorm:
             attention = spec.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
-        own_attention = True
-    if own_attention:
+    if own_attention(share_prefix, config.params_dtype):
         spec.submodules.self_attention.submodules.core_attention = PackedAttention
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=norm)

@@ -58,12 +58,15 @@ def _padded(coalesced: torch.Tensor, buffer: Any) -> torch.Tensor:
 
 
 def _patch_step_load(optimizer_class: Any) -> None:
-    """megatron-core 0.16.1 with torch's AdamW: `step` is not among the saved tensors, and loading one fails on it."""
+    """megatron-core 0.16.1 with torch's AdamW: `step` is not among the saved tensors, and loading one fails on it. The
+    fused Adams count steps in their groups, and Transformer Engine's does not save a state with anything else in it."""
     original = optimizer_class._set_main_param_and_optimizer_states
     if getattr(original, "keeps_step", False):
         return
 
     def with_step(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> Any:
+        if not isinstance(self.optimizer, torch.optim.AdamW):
+            return original(self, model_param, tensors)
         group_index, order = self.model_param_group_index_map[model_param]
         group = self.optimizer.param_groups[group_index]
         own = self.optimizer.state[group["params"][order]]

@@ -94,8 +94,10 @@ class PackedBatch:
     positions: torch.Tensor
     """`[T]` int64 position of each token in its own sequence."""
     segments: list[Segments]
+    """For this package's attention alone; empty where `pack` was told so."""
     restore: torch.Tensor
-    """`[T]` where each packed row's attention output lies in the concatenated outputs of all segments."""
+    """`[T]` where each packed row's attention output lies in the concatenated outputs of all segments; empty without
+    them."""
     cu_seqlens: torch.Tensor | None
     """`[N + 1]` int32 ends of the whole sequences for Transformer Engine; None with shared prefixes."""
     max_seqlen: int
@@ -286,11 +288,15 @@ def pack(
     pad_to: int = 1,
     length: int = 0,
     share: Share = WHOLE,
+    tables: bool = True,
 ) -> PackedBatch:
     """Pack `rows[i] for i in index` into one sequence, of which this rank keeps its `share`.
 
     T is padded up to a multiple of `pad_to`, and all shares together to at least `length`, with rows that nothing
     attends to (and to keep one spare row). An empty `index` gives a packed batch of padding alone, with R = 0.
+
+    `tables`: with the `segments` that this package's attention looks at. Under context parallelism they hold an entry
+    for each query and key of a segment, so that Transformer Engine, which reads `cu_seqlens` alone, does without.
     """
     whole = _Sequence(share.multiple)
     prompt_at: dict[tuple[int, ...], int] = {}
@@ -310,14 +316,15 @@ def pack(
         targets += rows[i].response
     whole.pad(_rounded(max(len(whole.tokens) + 1, length), pad_to * share.multiple))
     places = _Places((whole.plain, whole.after), len(whole.tokens), share)
-    tables = [table for kind in (whole.plain, whole.after) for table in _segment_tables(kind, places)]
+    kinds = (whole.plain, whole.after) if tables else ()
+    segments = [table for kind in kinds for table in _segment_tables(kind, places)]
     predicting = places.local(torch.tensor(out_rows, dtype=torch.int64))
     batch = PackedBatch(
         length=len(whole.tokens),
         tokens=torch.tensor(whole.tokens)[None, places.mine],
         positions=torch.tensor(whole.positions)[places.mine],
-        segments=tables,
-        restore=_restoring(tables, len(places.mine)),
+        segments=segments,
+        restore=_restoring(segments, len(places.mine) if tables else 0),
         cu_seqlens=None if share_prefix else whole.plain.ends(),
         max_seqlen=max(whole.plain.lengths),
         out_rows=predicting,

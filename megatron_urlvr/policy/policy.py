@@ -36,7 +36,7 @@ from .balance import RowCost
 from .batch import Row, fewer_microbatches, level_microbatches, plan_microbatches
 from .hf.families import family_of
 from .hf.folder import read_config, write_folder
-from .model import FP8_ROWS, Head, build_chunks, has_transformer_engine, parameters_of
+from .model import FP8_ROWS, Head, build_chunks, has_transformer_engine, own_attention, parameters_of
 from .optimizer import NonFiniteError, PolicyOptimizer, wrap
 from .packing import PackedBatch, Share, pack, packed_length
 from .spread import Spread
@@ -88,9 +88,9 @@ class Policy:
             )
         self.pad_to = layout.tp * (1 if model.fp8 == "none" else FP8_ROWS)
         self.share = Share(layout.cp, layout.cp_rank)
-        self.share_prefix = _share_prefix(parallel)
-        self.cost = RowCost.of(self.hf)
         self.dtype = _dtype(model.dtype, layout.device)
+        self.share_prefix = _share_prefix(parallel, self.dtype)
+        self.cost = RowCost.of(self.hf)
         distributed = parallel.distributed_optimizer
         self.chunks = build_chunks(
             self.hf,
@@ -252,7 +252,9 @@ class Policy:
         lengths = [packed_length(rows, part, **packing) for part in plan]
         length = max(lengths) if layout.pp > 1 else 0
         # Packed one by one, as they are asked for: the device works on one while the next is made.
-        batches = tee((pack(rows, part, length=length, **packing) for part in plan), len(self.chunks))
+        tables = own_attention(self.share_prefix, self.dtype)
+        packed = (pack(rows, part, length=length, tables=tables, **packing) for part in plan)
+        batches = tee(packed, len(self.chunks))
         for chunk in self.chunks:
             chunk.head = head
         collected = get_forward_backward_func()(
@@ -384,9 +386,9 @@ def _columns(rows: Sequence[Row], index: Sequence[int]) -> dict[str, torch.Tenso
     return columns
 
 
-def _share_prefix(parallel: ParallelSection) -> bool:
-    """Shared prefixes need this package's attention; Transformer Engine's is taken instead where it is there."""
-    return not has_transformer_engine() if parallel.share_prefix == "auto" else parallel.share_prefix
+def _share_prefix(parallel: ParallelSection, dtype: torch.dtype) -> bool:
+    """Shared prefixes need this package's attention; Transformer Engine's is taken instead where it can be."""
+    return own_attention(False, dtype) if parallel.share_prefix == "auto" else parallel.share_prefix
 
 
 def _dtype(wanted: str, device: torch.device) -> torch.dtype:

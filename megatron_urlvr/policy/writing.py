@@ -104,7 +104,9 @@ class Part:
             self.files[name] = entry_of(Path(path))
             self._results[name] = results
         except Exception as error:  # whatever it was, the checkpoint is not written, and all ranks must hear of it
-            self._problems.append(str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}")
+            # A disk that is full in the middle of an archive makes torch fail again when it closes that.
+            disk = next((each for each in (error, error.__context__) if isinstance(each, OSError)), None)
+            self._problems.append(f"{type(error).__name__}: {error}" if disk is None else str(disk))
 
 
 def _drained(

@@ -72,10 +72,12 @@ def server_command(
     context: int | None,
     index: int = 0,
     colocated: bool = False,
+    dtype: str = "auto",
 ) -> list[str]:
     """The arguments that start a server. `key_file`: YAML file with the API key, which must not stand in a command
     line; `context`: the model's own limit, where it has one; `index`: the server's number on this host, each of which
-    takes the next `tp` of the GPUs that are visible; `colocated`: it must be able to give their memory back."""
+    takes the next `tp` of the GPUs that are visible; `colocated`: it must be able to give their memory back; `dtype`:
+    what it computes in on a GPU. SGLang's `auto` is float16 for a folder of float32."""
     command = [environment.python, "-m", "sglang.launch_server", "--model-path", model]
     command += ["--host", pool.host, "--port", str(port), "--tp-size", str(pool.tp)]
     command += ["--context-length", str(min(pool.context, context or pool.context))]
@@ -88,7 +90,7 @@ def server_command(
         command += ["--mem-fraction-static", "0.05"]
         command += ["--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"]
     else:
-        command += ["--mem-fraction-static", str(pool.mem_fraction)]
+        command += ["--dtype", dtype, "--mem-fraction-static", str(pool.mem_fraction)]
         command += ["--max-running-requests", str(pool.concurrency), "--base-gpu-id", str(index * pool.tp)]
         if colocated:
             command += ["--enable-memory-saver"]

@@ -66,6 +66,8 @@ class Plan:
     folder: Path
     statistics: tuple[str, ...] = ()
     """Token statistics that the servers are to give."""
+    dtype: str = "auto"
+    """What servers on a GPU compute in: the policy's, as the trainer does."""
 
     @property
     def sleeps(self) -> bool:
@@ -119,8 +121,11 @@ def make_plan(config: Config, name: str) -> Plan:
     model = pool.model or config.model.path
     model_context(model)
     environment = examine(pool, os.environ)
-    statistics = server_statistics(config) if name == POLICY else ()
-    return Plan(pool, config.servers, environment, name, model, RunDir(config.run.dir).servers, statistics)
+    folder = RunDir(config.run.dir).servers
+    if name != POLICY:
+        return Plan(pool, config.servers, environment, name, model, folder)
+    dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
+    return Plan(pool, config.servers, environment, name, model, folder, server_statistics(config), dtype)
 
 
 def server_statistics(config: Config) -> tuple[str, ...]:
@@ -243,6 +248,7 @@ class SupervisedServer:
             context=model_context(plan.model),
             index=self.index,
             colocated=plan.sleeps,
+            dtype=plan.dtype,
         )
         plan.folder.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:

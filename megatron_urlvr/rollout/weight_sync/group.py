@@ -21,7 +21,7 @@ from ..faults import Fault
 from ..loop import HttpLoop
 from ..pool import Server
 from .buckets import Bucket
-from .process_group import Rendezvous, broadcast
+from .process_group import Rendezvous, abort, broadcast
 from .transport import Transport
 
 
@@ -45,7 +45,7 @@ class GroupTransport(Transport):
         self.failure: str | None = None
         self._pending: tuple[list[Any], list[Future[Any]], Bucket] | None = None
         self._given_up: list[Any] = []
-        """Groups whose broadcast nobody joined: destroyed, they would wait for it."""
+        """gloo groups whose broadcast nobody joined: destroyed, they would wait for it."""
 
     @property
     def name(self) -> str:
@@ -146,19 +146,28 @@ class GroupTransport(Transport):
         """Give up the group: this update, and the next one gets a new epoch."""
         self.failure = why
         print(f"weights could not be broadcast ({why}); servers read the snapshot instead", file=sys.stderr, flush=True)
+        self._leave_broadcast()
         # A server inside an update refuses the next; whether it is inside is not known here.
         self._quietly("/end_weight_update", {})
         self._dissolve()
 
+    def _leave_broadcast(self) -> None:
+        """Give up the group if its last broadcast has not arrived everywhere. Servers inside are let go with that."""
+        if self.group is None or self._pending is None:
+            return
+        if self.backend == "nccl":  # it would spin on the device, and whatever waits for the device with it
+            abort(self.group)
+        else:
+            self._given_up.append((self.group, self._pending))
+        self.group, self._pending = None, None
+
     def _dissolve(self) -> None:
+        self._leave_broadcast()
         if self.joined or self.group is not None:
             self._quietly("/destroy_weights_update_group", {"group_name": self.name})
         if self.group is not None:
-            if self._pending is None:
-                dist.destroy_process_group(self.group)
-            else:
-                self._given_up.append((self.group, self._pending))
-            self.group, self._pending, self.joined = None, None, ()
+            dist.destroy_process_group(self.group)
+        self.group, self.joined = None, ()
 
     def close(self) -> None:
         """Leave the group."""

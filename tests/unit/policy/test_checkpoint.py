@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from fake_fused_adam import take_fused_adam
 from full_disk import files_of_at_most
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from test_weights import Likelihood, rows
 
 from megatron_urlvr.config.optim import OptimSection
 from megatron_urlvr.policy import checkpoint
 from megatron_urlvr.policy.checkpoint import CheckpointError
+from megatron_urlvr.policy.contents import sharded_state
 from megatron_urlvr.policy.policy import Policy
 
 SECTION = OptimSection(lr=1e-2, ema_decay=0.8, weight_decay=0.1)
@@ -125,6 +128,39 @@ def test_a_policy_that_was_never_stepped_is_saved_and_loaded(make, tmp_path):
     for name, tensor in everything(policy).items():
         if name.startswith("weight"):
             assert torch.equal(everything(other)[name], tensor), name
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["plain optimizer", "distributed optimizer"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformer_engines_adam_goes_on_from_a_checkpoint_of_a_run_that_was_continued(
+    make_policy, monkeypatch, tmp_path, distributed, dtype
+):
+    def make() -> Policy:
+        parallel = {"distributed_optimizer": distributed}
+        return make_policy(optim=SECTION, parallel=parallel, model={"dtype": dtype})
+
+    take_fused_adam(monkeypatch)
+    policy, other = make(), make()
+    train(policy, 2)
+    checkpoint.load(other, checkpoint.save(policy, tmp_path / "first", 2, TRAINER, keep=1))
+    train(policy, 1)
+    train(other, 1)
+    third = make()
+    checkpoint.load(third, checkpoint.save(other, tmp_path / "second", 3, TRAINER, keep=1))
+    train(policy, 2)
+    train(third, 2)
+    assert_same_bits(everything(third), everything(policy))
+
+
+def test_transformer_engines_adam_begins_anew_from_a_policy_that_was_never_stepped(make, monkeypatch, tmp_path):
+    take_fused_adam(monkeypatch)
+    policy, other = make(), make()
+    path = checkpoint.save(policy, tmp_path, 0, TRAINER, keep=1)
+    train(other, 3)
+    checkpoint.load(other, path)
+    train(policy, 2)
+    train(other, 2)
+    assert_same_bits(everything(other), everything(policy))
 
 
 def test_the_newest_are_kept_and_found_in_order_of_their_steps(make, tmp_path):
@@ -308,25 +344,51 @@ def test_an_index_that_is_no_pickle_is_refused(make, copies: Path):
         checkpoint.load(make(), copies / "step_000002")
 
 
+def with_object(original: Any, data: Any) -> Any:
+    """`sharded_state` with what a layer may keep beside its parameters."""
+
+    def more(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = original(*args, **kwargs)
+        state["model0"][LAYER_STATE] = ShardedObject(LAYER_STATE, data, (1,), (0,))
+        return state
+
+    return more
+
+
+LAYER_STATE = "decoder.final_layernorm._extra_state"
+
+
 def test_an_object_among_the_tensors_that_would_run_code_is_not_loaded(make, tmp_path: Path, monkeypatch):
-    """Megatron stores `_extra_state` objects as pickles of their own inside the shards."""
+    """Megatron stores objects as pickles of their own inside the shards."""
     marker = tmp_path / "marker"
     policy = make()
     train(policy, 1)
-    original = checkpoint.sharded_state
-
-    def hostile(*args, **kwargs):
-        state = original(*args, **kwargs)
-        key = next(name for name in state["model0"] if name.endswith("_extra_state"))
-        state["model0"][key].data = Runs(os.mkdir, str(marker))
-        return state
-
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "sharded_state", hostile)
+        patch.setattr(checkpoint, "sharded_state", with_object(sharded_state, Runs(os.mkdir, str(marker))))
         path = checkpoint.save(policy, tmp_path, 1, {}, keep=1)
+        assert not marker.exists()
+        with pytest.raises(CheckpointError, match="cannot be read safely"):
+            checkpoint.load(policy, path)
+    checkpoint.load(policy, path)
     assert not marker.exists()
-    with pytest.raises(CheckpointError, match="cannot be read safely"):
-        checkpoint.load(policy, path)
+
+
+def test_what_layers_keep_beside_their_parameters_is_neither_saved_nor_loaded(make, tmp_path: Path, monkeypatch):
+    """Transformer Engine keeps bytes in a tensor, which torch loads without a question, and unpickles them itself."""
+    marker = tmp_path / "marker"
+    policy, other = make(), make()
+    train(policy, 1)
+    layer = policy.chunks[0].decoder.final_layernorm
+    pickled = torch.frombuffer(bytearray(pickle.dumps(Runs(os.mkdir, str(marker)))), dtype=torch.uint8)
+    monkeypatch.setattr(type(layer), "get_extra_state", lambda self: pickled, raising=False)
+    monkeypatch.setattr(type(layer), "set_extra_state", lambda self, state: pickle.loads(state.numpy().tobytes()))
+    path = checkpoint.save(policy, tmp_path, 1, TRAINER, keep=1)
+    assert checkpoint.load(other, path) == TRAINER
+    assert_same_bits(everything(other), everything(policy))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "sharded_state", with_object(sharded_state, pickled))
+        path = checkpoint.save(policy, tmp_path, 2, TRAINER, keep=1)
+    assert checkpoint.load(other, path) == TRAINER
     assert not marker.exists()
 
 

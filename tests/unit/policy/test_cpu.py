@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_checkpoint import train
+from test_weights import rows
 from tiny_models import write_family
 
 from megatron_urlvr.config.model import ModelSection
@@ -113,7 +114,8 @@ def test_megatron_asks_for_the_current_device(make_policy, monkeypatch):
             make_policy(optim=SECTION)
 
 
-def test_a_router_asks_for_transformer_engines_matmul_by_a_name_that_is_not_there():
+def test_a_router_asks_for_transformer_engines_matmul_by_a_name_that_is_not_there(layout, monkeypatch, tmp_path):
+    """With CUDA as without: nothing of this file runs there."""
     from megatron.core.transformer.moe import moe_utils
 
     own = types.ModuleType(moe_utils.__name__)
@@ -122,6 +124,9 @@ def test_a_router_asks_for_transformer_engines_matmul_by_a_name_that_is_not_ther
     exec(compile(source, str(moe_utils.__file__), "exec"), own.__dict__)
     assert "te_general_gemm is not None" in source
     assert not hasattr(own, "te_general_gemm")
+    monkeypatch.delattr(moe_utils, "te_general_gemm", raising=False)
+    folder = write_family(tmp_path, "qwen3_moe")
+    Policy(ModelSection(path=str(folder)), ParallelSection(), layout).score(rows(), frozenset({"logp"}))
 
 
 def test_the_dispatcher_of_experts_copies_its_counts_on_a_stream_of_cuda(layout, monkeypatch, tmp_path):

@@ -9,9 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_urlvr.config.parallel import ParallelSection
+from megatron_urlvr.policy import model
 from megatron_urlvr.policy import packing as module
 from megatron_urlvr.policy.batch import Row, fewer_microbatches, level_microbatches, plan_microbatches
 from megatron_urlvr.policy.packing import PackedBatch, Share, pack, packed_length
+from megatron_urlvr.policy.policy import _share_prefix
 
 STEADY = settings(deadline=None, derandomize=True, database=None)
 TOKEN = st.integers(1, 9)
@@ -160,6 +163,34 @@ def test_shares_of_context_parallel_ranks_see_the_same_and_are_equally_large(
         filled = torch.cat([table.rows for table in batch.segments])
         assert sorted(filled.tolist()) == list(range(batch.tokens.shape[1]))
     assert sorted(made) == list(range(len(wanted)))
+
+
+def test_transformer_engines_attention_is_spared_the_tables_of_ours():
+    """Four ranks' masks of a sequence of 64k tokens would be of a gigabyte each."""
+    rows = [Row((1,) * 100, [2] * 65_000), Row((1,) * 100, [2] * 300)]
+    share = Share(4, 1)
+    batch = pack(rows, [0, 1], share_prefix=False, share=share, tables=False)
+    assert sum(x.nbytes for x in vars(batch).values() if isinstance(x, torch.Tensor)) < 64 * batch.length
+    assert (batch.segments, batch.restore.numel()) == ([], 0)
+    short = [Row((1,) * 100, [2] * 650), rows[1]]
+    with_tables, without = (pack(short, [0, 1], share_prefix=False, share=share, tables=t) for t in (True, False))
+    for name, value in vars(with_tables).items():
+        if name not in ("segments", "restore"):
+            same = torch.equal(value, getattr(without, name)) if isinstance(value, torch.Tensor) else None
+            assert value == getattr(without, name) if same is None else same, name
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_float32_is_attended_to_by_our_attention_as_transformer_engine_packs_half_precision_alone(
+    monkeypatch, installed: bool
+):
+    """Its get_attention_backend finds no kernel for float32 and `thd` (2.8 and 2.9; later ones, none under cp)."""
+    monkeypatch.setattr(model, "has_transformer_engine", lambda: installed)
+    for dtype, theirs in ((torch.float32, False), (torch.bfloat16, installed)):
+        assert model.own_attention(False, dtype) is not theirs
+        assert _share_prefix(ParallelSection(), dtype) is not theirs
+        assert _share_prefix(ParallelSection(share_prefix=False), dtype) is False
+        assert model.own_attention(True, dtype)
 
 
 def test_causal_attention_costs_all_shares_alike():

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from megatron_urlvr.config.loader import load_config
 from megatron_urlvr.config.servers import PoolSection
+from megatron_urlvr.rollout import supervisor
 from megatron_urlvr.rollout.launch_server import Environment, server_command, server_environment
 
+ROOT = Path(__file__).parents[3]
 CPU = Environment("/env/bin/python", "cpu", "2.13.0+cpu", "", "")
 GPU = Environment("/env/bin/python", "cuda", "2.14.1", "13.0", "2.28.9")
 
@@ -19,9 +24,28 @@ def test_a_server_on_a_gpu() -> None:
     pool = PoolSection(tp=8, concurrency=512, mem_fraction=0.8, args=["--enable-metrics"])
     assert command(pool, GPU) == (
         "/env/bin/python -m sglang.launch_server --model-path /m --host 127.0.0.1 --port 31000 --tp-size 8"
-        " --context-length 4096 --skip-tokenizer-init --mem-fraction-static 0.8 --max-running-requests 512"
+        " --context-length 4096 --skip-tokenizer-init --dtype auto --mem-fraction-static 0.8 --max-running-requests 512"
         " --base-gpu-id 0 --enable-metrics"
     )
+
+
+@pytest.mark.parametrize(
+    ("trained", "served"), [("auto", "bfloat16"), ("bfloat16", "bfloat16"), ("float32", "float32")]
+)
+def test_servers_on_gpus_compute_the_policy_in_the_type_that_it_is_trained_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: str, served: str
+) -> None:
+    """SGLang takes a folder that says float32, as `urlvr pretrain` writes, for float16."""
+    monkeypatch.setattr(supervisor, "examine", lambda pool, variables: GPU)
+    (tmp_path / "config.json").write_text("{}")
+    config = load_config(
+        ROOT / "configs" / "quickstart_sglang.yaml",
+        [f"model.path={tmp_path}", f"model.dtype={trained}", f"run.dir={tmp_path}", "servers.pools.judge.count=1"],
+    )
+    assert supervisor.make_plan(config, "policy").dtype == served
+    assert supervisor.make_plan(config, "judge").dtype == "auto"
+    words = server_command(PoolSection(), GPU, model="/m", port=1, key_file=None, context=64, dtype=served)
+    assert words[words.index("--dtype") + 1] == served
 
 
 def test_a_server_that_shares_its_gpu_with_the_trainer_can_give_memory_back_and_no_other_can() -> None:

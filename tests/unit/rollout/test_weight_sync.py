@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from fake_sglang import FakeServer
 from server_contract import engine_for, prompts, push
 
 from megatron_urlvr.rollout.sglang import SGLangEngine
+from megatron_urlvr.rollout.weight_sync import group as group_module
+from megatron_urlvr.rollout.weight_sync import process_group
 from megatron_urlvr.types import Sampling
 
 
@@ -78,6 +81,33 @@ def test_when_a_server_refuses_the_broadcast_all_read_the_snapshot_and_the_next_
         push(engine, weights(2), 2)
         assert holds(servers[0], 2)
         assert servers[0].calls["/update_weights_from_disk"] == 1
+
+
+def test_a_server_that_is_lost_over_nccl_costs_the_group_and_not_the_trainer(tmp_path: Path, monkeypatch) -> None:
+    """NCCL itself needs GPUs: gloo carries the tensors, and what torch would have read and aborted is noted."""
+    made, aborted, make = [], [], process_group._new_process_group_helper
+
+    def noting(*arguments: Any, **keywords: Any) -> Any:
+        made.append((os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"], os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"]))
+        return make(*arguments, **keywords)
+
+    monkeypatch.setattr(process_group, "_new_process_group_helper", noting)
+    monkeypatch.setattr(group_module, "abort", lambda group: aborted.append(group))
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+    with keeping(1, tmp_path, bucket_mb=1) as (engine, servers):
+        transport = engine.sync.transport
+        push(engine, weights(1), 1)
+        assert made == [("2", "0")]
+        assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
+        assert "TORCH_NCCL_DUMP_ON_TIMEOUT" not in os.environ
+        group = transport.group
+        servers[0].refusing = {"/update_weights_from_distributed"}
+        monkeypatch.setattr(transport, "backend", "nccl")
+        push(engine, weights(2), 2)
+        assert aborted == [group]
+        assert (transport.group, transport._given_up) == (None, [])
+        assert holds(servers[0], 2)
+        transport._given_up.append(group)  # it is gloo's, and must outlive its broadcast
 
 
 def test_when_a_server_goes_the_others_make_a_new_group(tmp_path: Path) -> None:
