@@ -13,7 +13,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.storage import WriteResult
 
 from ..distributed.layout import broadcast_json, gather_json
+from ..environment import variables
 from .contents import METADATA, fingerprint, load_rng, save_rng, sharded_state, sizes, take_weights
 from .integrity import MANIFEST, Entry, verify, write_manifest
 from .optimizer_faults import prepare_for_load
@@ -35,6 +36,7 @@ from .writing import Part, plan
 TRAINER = "trainer.json"
 _NAME = re.compile(r"step_(\d{6,})")
 _REPLACED = re.compile(r"\.step_(\d{6,})\.replaced")
+_SAFE_LOADING = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": None}
 
 T = TypeVar("T")
 
@@ -246,10 +248,7 @@ def _read(state: dict[str, Any], path: Path) -> dict[str, Any]:
     """`state` with what the checkpoint holds for it. CheckpointError when an object beside the tensors is more than
     data: Megatron stores some as pickles, which torch (2.13, default_planner.py) loads without restraint unless its
     environment variable forbids it."""
-    with (
-        warnings.catch_warnings(),
-        _environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1", TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=None),
-    ):
+    with warnings.catch_warnings(), variables(_SAFE_LOADING):
         # torch 2.13 deprecates the sharded tensors that megatron-core 0.16.1 hands to it.
         warnings.filterwarnings("ignore", message="Please use DTensor", category=FutureWarning)
         try:
@@ -259,17 +258,3 @@ def _read(state: dict[str, Any], path: Path) -> dict[str, Any]:
             if any(isinstance(problem, pickle.UnpicklingError) for problem in problems):
                 raise CheckpointError(f"checkpoint {path} cannot be read safely: {problems[0]}") from None
             raise
-
-
-@contextlib.contextmanager
-def _environment(**values: str | None) -> Iterator[None]:
-    """Environment variables set (None: unset) for a while."""
-    before = {name: os.environ.pop(name, None) for name in values}
-    os.environ.update({name: value for name, value in values.items() if value is not None})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value

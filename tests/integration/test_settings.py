@@ -210,11 +210,14 @@ def test_strictly_on_policy_the_ratio_is_one_and_no_forward_is_made_for_it(train
     assert [row["policy/ratio"] for row in taken] == [1.0, 1.0]
 
 
-def test_several_updates_on_one_batch_are_off_policy(train, scored):
+def test_several_updates_on_one_batch_are_off_policy(train, scored, tmp_path):
     taken = train(reward("random"), "algorithm.mini_batch=2", "algorithm.epochs=2", "optim.lr=0.01")
     assert scored == [(frozenset({"logp"}), "policy")] * 2
     assert all(abs(row["policy/approx_kl"]) > 1e-6 for row in taken)
     assert all(row["policy/clip_fraction"] > 0 for row in taken)
+    lines = (tmp_path / "run0" / "metrics.jsonl").read_text().splitlines()
+    for row in [json.loads(line) for line in lines][1:]:  # two mini-batches, twice
+        assert row["time/tflops_per_rank"] == pytest.approx(4 * row["train/tflop"] / row["time/update"])
 
 
 def test_all_votes_count_and_the_first_are_trained_on(train, monkeypatch):

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import datetime
 import inspect
-import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -20,6 +17,7 @@ from torch.distributed.distributed_c10d import (
 )
 
 from ...config.addresses import is_loopback
+from ...environment import variables
 
 LOSING_A_SERVER = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
 """What a group over NCCL does when a server is lost in a broadcast, or does not join it in time: it gives up its
@@ -52,7 +50,7 @@ class Rendezvous:
         """Rank 0 of the group `name`. Blocks until the servers have joined; RuntimeError when they do not in time."""
         parameters = inspect.signature(_new_process_group_helper).parameters
         options = {key: None for key in ("backend_options", "pg_options") if key in parameters}
-        with _environment(LOSING_A_SERVER):
+        with variables(LOSING_A_SERVER):
             group, _ = _new_process_group_helper(
                 world_size,
                 0,
@@ -65,21 +63,6 @@ class Rendezvous:
             )
         _world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}  # for destroy_process_group
         return group
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables set for a while."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def abort(group: Any) -> None:

@@ -1,5 +1,6 @@
-"""One process's layout and the model folders that the policy tests share."""
+"""One process's layout, and the model folders, policies and checkpoints that the policy tests share."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import write_qwen2
+from training import SECTION, train
 
 from megatron_urlvr.config.model import ModelSection
 from megatron_urlvr.config.parallel import ParallelSection
 from megatron_urlvr.distributed.layout import Layout, joined
+from megatron_urlvr.policy import checkpoint
 from megatron_urlvr.policy.policy import Policy
 
 MakePolicy = Callable[..., Policy]
@@ -50,3 +53,30 @@ def make_policy(layout: Layout, folders: dict[str, Path]) -> MakePolicy:
         return Policy(section, ParallelSection(**(parallel or {})), layout, **kwargs)
 
     return make
+
+
+@pytest.fixture
+def make(make_policy: MakePolicy) -> MakePolicy:
+    """`make("tied", distributed=False)`: with an optimizer."""
+
+    def make(name: str = "untied", *, distributed: bool = True) -> Policy:
+        return make_policy(name, optim=SECTION, parallel={"distributed_optimizer": distributed})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def saved(make_policy: MakePolicy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of checkpoints after steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("saved")
+    policy = make_policy(optim=SECTION)
+    for step in (1, 2):
+        train(policy, 1)
+        checkpoint.save(policy, folder, step, {"step": step}, keep=2)
+    return folder
+
+
+@pytest.fixture
+def copies(saved: Path, tmp_path: Path) -> Path:
+    """The same, to be damaged."""
+    return Path(shutil.copytree(saved, tmp_path / "checkpoints"))

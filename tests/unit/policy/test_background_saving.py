@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from full_disk import files_of_at_most
-from test_checkpoint import SECTION, TRAINER, assert_same_bits, everything, train
+from training import SECTION, TRAINER, assert_same_bits, everything, train
 
 from megatron_urlvr.policy import checkpoint, writing
 from megatron_urlvr.policy.checkpoint import CheckpointError, Saving

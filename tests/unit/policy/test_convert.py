@@ -11,8 +11,8 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from safetensors.torch import load_file, save_file
-from test_checkpoint import train
 from tiny_models import FAMILIES, write_family
+from training import train
 from typer.testing import CliRunner
 
 from megatron_urlvr.cli import app

@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.distributed as dist
-from test_checkpoint import train
 from test_weights import rows
 from tiny_models import write_family
+from training import train
 
 from megatron_urlvr.config.model import ModelSection
 from megatron_urlvr.config.optim import OptimSection

@@ -85,8 +85,11 @@ def test_every_row_is_computed_once_with_all_it_carries_and_statistics_come_home
     assert [[contents(row) for row in each.rows] for each in again] == [
         [contents(row) for row in each.rows] for each in found
     ]
+    together = Spread([row for own in rows for row in own], layout, COST, share_prefix=share_prefix)
+    assert together.metrics == {}
     for each in found:
         assert each.metrics == found[0].metrics
+        assert each.flops == together.flops, "no prompt is two replicas' here"
     if expected:
         assert 1 <= found[0].metrics["balance/after"] <= found[0].metrics["balance/before"]
 

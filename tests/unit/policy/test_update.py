@@ -9,6 +9,7 @@ import torch
 from gradients import hf_gradients, policy_gradients, relative_differences, weigh_equally
 from tiny_models import hf_model, oracle_stats, random_rows
 from torch.utils.flop_counter import FlopCounterMode
+from training import assert_same_bits, everything
 
 from megatron_urlvr.algorithms.losses import LossInputs, build_loss
 from megatron_urlvr.config.algorithm import KLSection, LossSection
@@ -166,22 +167,6 @@ class FiniteLossOfNaNGradient:
         return dict(sums)
 
 
-def state_of(policy: Policy) -> dict[str, torch.Tensor]:
-    """Weights, moments and step counts, copied."""
-    state = {f"weight {name}": p.detach().clone() for name, p in policy.parameters.items()}
-    assert policy.optimizer is not None
-    for part in policy.optimizer.parts:
-        for i, entry in enumerate(part.optimizer.state.values()):
-            state |= {f"{i} {name}": torch.as_tensor(value).clone() for name, value in entry.items()}
-    return state
-
-
-def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
-    assert found.keys() == expected.keys()
-    for name in expected:
-        assert torch.equal(found[name], expected[name]), name
-
-
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain optimizer", "distributed optimizer"])
 def test_an_infinite_loss_or_a_nan_gradient_leaves_weights_and_moments_alone(make_policy, folders, distributed: bool):
     def fresh() -> Policy:
@@ -192,24 +177,22 @@ def test_an_infinite_loss_or_a_nan_gradient_leaves_weights_and_moments_alone(mak
         return policy
 
     policy = fresh()
-    before = state_of(policy)
+    before = everything(policy)
     assert any("exp_avg_sq" in name for name in before)
     rows = trained_rows(folders["untied"], seed=9)
     rows[2].advantage = math.inf
     with pytest.raises(NonFiniteError, match="loss is"):
         policy.update(rows, clip_loss(), lr=1e-3)
-    assert_same_bits(state_of(policy), before)
+    assert_same_bits(everything(policy), before)
     with pytest.raises(NonFiniteError, match="gradient norm is nan"):
         policy.update(trained_rows(folders["untied"], seed=9), FiniteLossOfNaNGradient(), lr=1e-3)
-    assert_same_bits(state_of(policy), before)
+    assert_same_bits(everything(policy), before)
     # Nothing of the failed steps is left over: the next update is what it would have been without them.
     never_failed = fresh()
     for each in (policy, never_failed):
         each.update(trained_rows(folders["untied"], seed=10), clip_loss(), lr=1e-3)
-    assert_same_bits(state_of(policy), state_of(never_failed))
-    assert policy.ema is not None
-    assert never_failed.ema is not None
-    assert_same_bits(policy.ema.tensors, never_failed.ema.tensors)
+    assert_same_bits(everything(policy), everything(never_failed))
+    assert any(name.startswith("ema ") for name in before)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -257,7 +240,7 @@ def test_gradients_leave_their_memory_to_others_between_updates_and_change_nothi
         assert all(torch.equal(a.logp, b.logp) for a, b in zip(mine, others, strict=True))
         assert lent.update(batch, clip_loss(), lr=1e-2) == kept.update(batch, clip_loss(), lr=1e-2)
         assert gradient_bytes(lent) == gradient_bytes(kept)
-    assert_same_bits(state_of(lent), state_of(kept))
+    assert_same_bits(everything(lent), everything(kept))
 
 
 def gradient_bytes(policy: Policy) -> int:
